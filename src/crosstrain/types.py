@@ -1,0 +1,415 @@
+"""The nouns: what a row, a trajectory, a group, a batch, a score, a term and a method are.
+
+Everything trainable is a `Group`: one example and its trajectories. Each token is tagged with who wrote it. A demonstration
+is a group of one EXPERT trajectory, a preference pair a group of two with unequal rewards, GRPO's rollouts a group of G
+POLICY trajectories, LUFFY's a group of both kinds.
+
+Shape letters used throughout: B sequences of an optimizer step (or a micro-batch of it), T tokens of the longest of them,
+P preference pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Message = Mapping[str, Any]
+"""One chat message: `{"role": "user", "content": "..."}`, further keys as the chat template knows them."""
+
+State = Mapping[str, Any]
+"""What a method remembers between steps: JSON values only, returned by `init` and `update`, saved in checkpoints."""
+
+Schedule = Callable[[int], float]
+"""A number that depends on the optimizer step (0 at the first)."""
+
+
+class Source(IntEnum):
+    """Who wrote a token.
+
+    PROMPT is conditioned on and never trained, EXPERT comes from the data (demonstration, chosen or rejected answer, expert
+    prefix), POLICY was sampled by the model in training, TOOL is what an environment answered.
+    """
+
+    PROMPT = 0
+    EXPERT = 1
+    POLICY = 2
+    TOOL = 3
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One sequence of tokens with the author of each.
+
+    tokens, source: same length T, prompt included; own completions are kept as sampled and never tokenized again.
+    reward: what the verifier or the label says, higher is better; None is unknown.
+    rewards: the reward functions' separate scores, by name (NaN where a function gave none).
+    behaviour_logp: log-prob in nats of each token under the policy that sampled it, NaN where unknown; empty means unknown
+        everywhere.
+    policy_version: the optimizer step of the sampling weights; -1 when not ours.
+    finished: False for a completion cut at the token limit.
+    contexts: other prompts for the same response, by name (self-distillation reads a second one).
+
+    >>> t = Trajectory(tokens=(5, 6, 7), source=(Source.PROMPT, Source.EXPERT, Source.EXPERT))
+    >>> t.response_start, t.response
+    (1, (6, 7))
+    """
+
+    tokens: tuple[int, ...]
+    source: tuple[Source, ...]
+    reward: float | None = None
+    rewards: Mapping[str, float] = field(default_factory=dict)
+    behaviour_logp: tuple[float, ...] = ()
+    policy_version: int = -1
+    finished: bool = True
+    contexts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.source):
+            raise ValueError(f"a trajectory has {len(self.tokens)} tokens but {len(self.source)} sources; they must match")
+        if self.behaviour_logp and len(self.behaviour_logp) != len(self.tokens):
+            raise ValueError(
+                f"a trajectory has {len(self.tokens)} tokens but {len(self.behaviour_logp)} behaviour log-probs; they must match"
+            )
+
+    @property
+    def response_start(self) -> int:
+        """Index of the first token that is not PROMPT; the length when there is none."""
+        return next((i for i, s in enumerate(self.source) if s != Source.PROMPT), len(self.source))
+
+    @property
+    def response(self) -> tuple[int, ...]:
+        """The tokens from `response_start` on."""
+        return self.tokens[self.response_start :]
+
+    def wrote(self, source: Source) -> bool:
+        """Whether `source` wrote any token of this trajectory."""
+        return source in self.source
+
+
+@dataclass(frozen=True)
+class Example:
+    """One dataset row, tokenized.
+
+    id: stable name used for randomness and in messages, `<stream>:<row>`.
+    prompt: as the row had it (text or chat messages); this is what reward functions receive.
+    prompt_tokens: the rendered prompt, ready for the policy to continue.
+    expert: trajectories the row brings: a demonstration (one), a preference pair (chosen with reward 1, then rejected with
+        reward 0), a labelled completion (reward 1 or 0), or none.
+    columns: every other column; reward functions receive them as keywords.
+    where: `file:row`, for messages.
+    """
+
+    id: str
+    prompt: str | tuple[Message, ...]
+    prompt_tokens: tuple[int, ...]
+    expert: tuple[Trajectory, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One example and its trajectories: the unit of comparison.
+
+    >>> e = Example("train:0", "2+2=", (1, 2))
+    >>> demo = Trajectory((1, 2, 3), (Source.PROMPT, Source.PROMPT, Source.EXPERT))
+    >>> own = Trajectory((1, 2, 4), (Source.PROMPT, Source.PROMPT, Source.POLICY), reward=0.0)
+    >>> g = Group(e, (demo, own))
+    >>> [t.tokens[-1] for t in g.by(Source.POLICY)], len(g.only(Source.EXPERT).trajectories)
+    ([4], 1)
+    """
+
+    example: Example
+    trajectories: tuple[Trajectory, ...]
+    stream: str = "train"
+
+    def by(self, source: Source) -> tuple[Trajectory, ...]:
+        """The trajectories that `source` wrote at least one token of."""
+        return tuple(t for t in self.trajectories if t.wrote(source))
+
+    def only(self, source: Source) -> Group:
+        """The same group with only the trajectories of `by(source)`."""
+        return replace(self, trajectories=self.by(source))
+
+
+@dataclass(frozen=True)
+class Request:
+    """Ask the sampler for `n` completions of `prompt + prefix`.
+
+    prefix: expert tokens placed between the prompt and the completion, tagged EXPERT in the trajectory (TRAPO, BREAD, UFT).
+    greedy: take the most likely token instead of sampling (ReMax's baseline).
+    """
+
+    n: int
+    prefix: tuple[int, ...] = ()
+    greedy: bool = False
+
+
+def _everything_starts_with_its_expert_trajectories(example: Example, state: State) -> tuple[Trajectory, ...]:
+    return example.expert
+
+
+def _ask_nothing(group: Group, state: State) -> Sequence[Request]:
+    return ()
+
+
+def _one_stream(state: State) -> Mapping[str, float]:
+    return {"train": 1.0}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to collect for an optimizer step.
+
+    streams: share of the step's examples drawn from each named data stream, by state (CHORD draws from two).
+    start: the trajectories a group begins with, before anything is sampled.
+    next: the completions to ask for, given the group so far; asked again after each round until it returns nothing. One round
+        for GRPO, several for TRAPO, BREAD and STaR. Rounds are batched across examples.
+    samples: whether `next` ever asks for anything (a plan that does needs a sampler and a reward).
+    needs_expert: what the row must bring: "demonstration", "pair", "label" or nothing.
+    max_draws: how often a step may draw further examples to replace groups that `select` dropped (DAPO's dynamic sampling).
+    """
+
+    streams: Callable[[State], Mapping[str, float]] = _one_stream
+    start: Callable[[Example, State], tuple[Trajectory, ...]] = _everything_starts_with_its_expert_trajectories
+    next: Callable[[Group, State], Sequence[Request]] = _ask_nothing
+    samples: bool = False
+    needs_expert: Literal["demonstration", "pair", "label"] | None = None
+    max_draws: int = 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rectangles for the terms: B sequences, padded on the right to T tokens.
+
+    tokens, source: [B, T] int64; padding is tagged PROMPT.
+    trained: [B, T] bool, the entries a term may be on: not prompt, not padding, not a masked truncated completion.
+    group: [B] int64, which group of the optimizer step a row belongs to.
+    rank: [B] int64, position by reward within the group, 0 is best; rows of equal reward share the better rank.
+    reward: [B] float, NaN where unknown.
+    advantage: [B, T] float, NaN where no advantage was set.
+    columns: further no-gradient tensors [B, T] or [B], NaN where unknown: `behaviour_logp`, `old_logp`, `ref_logp`, ...
+    example_ids: B names for messages.
+    prompt_length: [B] int64, tokens that all rows of a group share at their start (what may be computed once).
+    step: optimizer steps taken before this one, for schedules.
+    """
+
+    tokens: Tensor
+    source: Tensor
+    trained: Tensor
+    group: Tensor
+    rank: Tensor
+    reward: Tensor
+    advantage: Tensor
+    columns: Mapping[str, Tensor]
+    example_ids: tuple[str, ...]
+    prompt_length: Tensor
+    length: Tensor
+    step: int = 0
+
+    def __len__(self) -> int:
+        return int(self.tokens.shape[0])
+
+    def written_by(self, *sources: Source) -> Tensor:
+        """[B, T] bool: trained entries that one of `sources` wrote."""
+        hit = torch.zeros_like(self.trained)
+        for source in sources:
+            hit = hit | (self.source == int(source))
+        return hit & self.trained
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Rows of the better and of the worse answer of each preference pair, [P] and [P].
+
+        A pair is a group of exactly two rows of known, unequal reward; pairs are found by group and reward, never by position.
+        """
+        better: list[int] = []
+        worse: list[int] = []
+        for g in torch.unique(self.group).tolist():
+            rows = torch.nonzero(self.group == g).flatten().tolist()
+            if len(rows) != 2:
+                continue
+            first, second = (float(self.reward[r]) for r in rows)
+            if math.isnan(first) or math.isnan(second) or first == second:
+                continue
+            better.append(rows[0] if first > second else rows[1])
+            worse.append(rows[1] if first > second else rows[0])
+        device = self.tokens.device
+        return torch.tensor(better, dtype=torch.long, device=device), torch.tensor(worse, dtype=torch.long, device=device)
+
+    def rows(self, index: Tensor) -> Batch:
+        """The batch of the rows in `index`, [b] int64, in that order; T is kept."""
+        return replace(
+            self,
+            tokens=self.tokens[index],
+            source=self.source[index],
+            trained=self.trained[index],
+            group=self.group[index],
+            rank=self.rank[index],
+            reward=self.reward[index],
+            advantage=self.advantage[index],
+            columns={name: column[index] for name, column in self.columns.items()},
+            example_ids=tuple(self.example_ids[i] for i in index.tolist()),
+            prompt_length=self.prompt_length[index],
+            length=self.length[index],
+        )
+
+    def with_columns(self, **columns: Tensor) -> Batch:
+        """The same batch with further (or replaced) columns."""
+        return replace(self, columns={**self.columns, **columns})
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per-token statistics of the current policy, with gradient: the only way a term sees the model.
+
+    logp: [B, T], log-prob in nats of token t given those before it; 0 where not computed (never read there: `reduce` masks
+        both what goes into a term and what comes out).
+    channels: further ones on request, [B, T]: `entropy`, `value`, or a full-vocabulary functional such as a divergence.
+    """
+
+    logp: Tensor
+    channels: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+On = Callable[[Batch], Tensor]
+"""Which entries a term is on: [B, T] bool, a function of the data only."""
+
+Value = Callable[[Scores, Batch, Tensor], Tensor]
+"""A term's un-normalised loss. Gets scores, batch and the term's own [B, T] mask; both are 0 outside the mask. Returns [B, T]
+per token, [B] per sequence or [P] per pair."""
+
+Count = Literal["own_tokens", "all_tokens", "sequences", "pairs", "groups"]
+
+
+@dataclass(frozen=True)
+class Per:
+    """What a term is divided by: the product of counted names and a constant.
+
+    own_tokens: tokens this term is on. all_tokens: tokens that any term is on. sequences: rows this term is on. pairs:
+    preference pairs. groups: groups of the optimizer step. All are counted over the whole optimizer step.
+    when: count the step's groups as collected ("before" select) or as kept ("after").
+
+    >>> str(Per(("sequences",), constant=64.0))
+    'sequences x 64'
+    """
+
+    counts: tuple[Count, ...]
+    constant: float = 1.0
+    when: Literal["before", "after"] = "after"
+
+    def __str__(self) -> str:
+        parts = list(self.counts) + ([f"{self.constant:g}"] if self.constant != 1.0 or not self.counts else [])
+        return " x ".join(parts) + (" (before select)" if self.when == "before" else "")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of an objective: `coef * sum(value on its tokens) / per`.
+
+    name: logged as `loss/<name>`.
+    value: the un-normalised loss whose gradient is taken.
+    on: the entries it counts and reads.
+    per: the denominator, counted by the trainer over the whole optimizer step.
+    coef: a number or a schedule over optimizer steps.
+    unit: what a micro-batch may not split.
+    needs: columns or channels it reads: "ref_logp", "entropy", ... ("old_logp" is made when a batch is used more than once).
+    logged: the published loss, where its value differs from that of `value` (PPO's min form); same shape, no gradient taken.
+    describe: the formula in words, printed by `crosstrain methods`.
+    """
+
+    name: str
+    value: Value
+    on: On
+    per: Per
+    coef: float | Schedule = 1.0
+    unit: Literal["token", "sequence", "group"] = "token"
+    needs: frozenset[str] = frozenset()
+    logged: Value | None = None
+    describe: str = ""
+
+    def coefficient(self, step: int) -> float:
+        """The coefficient at an optimizer step."""
+        return float(self.coef(step)) if callable(self.coef) else float(self.coef)
+
+
+@dataclass(frozen=True)
+class Updates:
+    """Inner updates: how often one collected batch is used.
+
+    epochs: passes over it. minibatches: optimizer steps per pass, cut by group.
+    """
+
+    epochs: int = 1
+    minibatches: int = 1
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.minibatches < 1:
+            raise ValueError(f"updates: got epochs={self.epochs}, minibatches={self.minibatches}; both must be at least 1")
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps per collected batch."""
+        return self.epochs * self.minibatches
+
+
+def _keep(group: Group, state: State) -> Group | None:
+    return group
+
+
+def _no_advantage(batch: Batch) -> Tensor:
+    return torch.full(batch.tokens.shape, math.nan)
+
+
+def _no_state() -> State:
+    return {}
+
+
+def _same_state(state: State, observed: Mapping[str, float]) -> State:
+    return state
+
+
+@dataclass(frozen=True)
+class Method:
+    """A training method: a short tuple of terms and how their data come to be.
+
+    terms: the objective.
+    plan: what to collect.
+    select: what to keep of a group once its rewards are known (None drops it).
+    advantage: credit from rewards and columns, [B] or [B, T], no gradient.
+    updates: inner updates per collected batch.
+    init, update: explicit state and how a step's logged metrics change it.
+    reference: which weights `ref_logp` comes from.
+    columns: builders of further no-gradient columns by name, `(score, batch) -> [B, T] or [B]`, where `score(batch)` gives the
+        current policy's Scores without gradient (KTO's mismatched pairs, SDFT's second prompt).
+    embed: changes the input embeddings in training, `(embeddings [N, L, D], batch) -> same` (NEFTune).
+    grad_mask: parameters to leave alone at a step, by state (MIFO).
+    probes: names of extra quantities to measure and hand to `update`, such as a term's gradient norm.
+    name, settings, paper: how it was made, for records.
+    """
+
+    terms: tuple[Term, ...]
+    plan: Plan = field(default_factory=Plan)
+    select: Callable[[Group, State], Group | None] = _keep
+    advantage: Callable[[Batch], Tensor] = _no_advantage
+    updates: Updates = field(default_factory=Updates)
+    init: Callable[[], State] = _no_state
+    update: Callable[[State, Mapping[str, float]], State] = _same_state
+    reference: Literal["base", "stage_start", "previous", "ema"] = "base"
+    columns: Mapping[str, Callable[[Callable[[Batch], Scores], Batch], Tensor]] = field(default_factory=dict)
+    embed: Callable[[Tensor, Batch], Tensor] | None = None
+    grad_mask: Callable[[State], Callable[[str], bool]] | None = None
+    probes: tuple[str, ...] = ()
+    name: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    paper: str = ""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Everything the terms read beside `logp`."""
+        return frozenset().union(*(term.needs for term in self.terms))
