@@ -1,0 +1,62 @@
+"""Configuration: what a recipe and a study file may say, how they are read, and what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from crosstrain.config.files import config_hash, load, parse, to_yaml
+from crosstrain.config.recipe import (
+    BudgetSpec,
+    DataSpec,
+    EvalSetSpec,
+    EvaluationSpec,
+    LoraSpec,
+    MethodSpec,
+    ModelSpec,
+    Recipe,
+    RewardSpec,
+    RewardsSpec,
+    SamplingSpec,
+    SaveSpec,
+    Stage,
+    SwitchSpec,
+)
+from crosstrain.config.study import ArmSpec, ContrastsSpec, SharedSpec, StudySpec, TuneSpec
+
+__all__ = [
+    "ArmSpec",
+    "BudgetSpec",
+    "ContrastsSpec",
+    "DataSpec",
+    "EvalSetSpec",
+    "EvaluationSpec",
+    "LoraSpec",
+    "MethodSpec",
+    "ModelSpec",
+    "Recipe",
+    "RewardSpec",
+    "RewardsSpec",
+    "SamplingSpec",
+    "SaveSpec",
+    "SharedSpec",
+    "Stage",
+    "StudySpec",
+    "SwitchSpec",
+    "TuneSpec",
+    "config_hash",
+    "load_recipe",
+    "load_study",
+    "parse",
+    "to_yaml",
+]
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML or JSON file, with `a.b=value` overrides; UserError names the key that is wrong."""
+    return load(Recipe, path, overrides)
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
+    """The study in a YAML or JSON file, with `a.b=value` overrides; UserError names the key that is wrong."""
+    return load(StudySpec, path, overrides)

@@ -1,0 +1,326 @@
+"""What one training run is made of: the recipe and its parts, as strict models.
+
+Every key a recipe file may contain is a field here, with its default and what it means. Names are TRL's where TRL has the
+setting. Unknown keys are errors, and so is a setting that could have no effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+Number = Annotated[float, Field(strict=True)]
+Positive = Annotated[float, Field(gt=0, strict=True)]
+Share = Annotated[float, Field(gt=0, le=1, strict=True)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Whole = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, strict=True, description="Seed of the random numbers.")]
+Flag = Annotated[bool, Field(strict=True)]
+TaskConfig = Annotated[dict[str, Any], Field(description="Settings of the task, by name.")]
+
+
+def _named(key: str, value: Any) -> Any:
+    return {key: value} if isinstance(value, str) else value
+
+
+class LoraSpec(BaseModel):
+    """Low-rank adapters trained instead of the full weights (peft's names)."""
+
+    model_config = STRICT
+    r: Count = Field(16, description="Rank of the adapters.")
+    alpha: Positive = Field(32, description="Scale of the adapters; their output is multiplied by alpha / r.")
+    dropout: Number = Field(0.0, ge=0, lt=1, description="Dropout before the adapters, in training.")
+    target_modules: list[str] | Literal["all-linear"] = Field("all-linear", description="Modules that get an adapter.")
+
+
+class ModelSpec(BaseModel):
+    """The model to train or evaluate. A bare string is its name."""
+
+    model_config = STRICT
+    name: str = Field("smollm2-135m-instruct", description="Bundled name, local Hugging Face folder, or hub id.")
+    revision: str | None = Field(None, description="Hub revision: branch, tag or commit.")
+    trust_remote_code: Flag = Field(False, description="Run Python code that comes with the model.")
+    attn_implementation: str | None = Field(None, description="Attention code of transformers: eager, sdpa, ...")
+    lora: LoraSpec | None = Field(None, description="Train low-rank adapters instead of all weights.")
+
+    _short = model_validator(mode="before")(lambda value: _named("name", value))
+
+
+class DataSpec(BaseModel):
+    """One stream of examples: a file, or a task that makes them. A bare string is a path."""
+
+    model_config = STRICT
+    path: str | None = Field(None, description="JSONL, JSON, CSV, Parquet file or `datasets` folder.")
+    task: str | None = Field(None, description="Name of a task, instead of a path.")
+    task_config: TaskConfig = {}
+    split: str = Field("train", description="Split of the task or of the `datasets` folder.")
+    size: Count | None = Field(None, description="How many examples; all of them (or the task's default) when not given.")
+    seed: Seed = 0
+    system_prompt: str | None = Field(None, description="System message put before every prompt that has none.")
+
+    _short = model_validator(mode="before")(lambda value: _named("path", value))
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.path is None) == (self.task is None):
+            got = "neither" if self.path is None else f"path={self.path!r} and task={self.task!r}"
+            raise ValueError(f"needs exactly one of 'path' and 'task', got {got}")
+        if self.path is not None and self.task_config:
+            raise ValueError("'task_config' has no effect beside 'path'; remove it or name a 'task'")
+        return self
+
+
+class RewardSpec(BaseModel):
+    """One reward function and its weight. A bare string is its name."""
+
+    model_config = STRICT
+    name: str = Field(description="Built-in reward, `file.py:function`, or `task` (the reward of the data's task).")
+    weight: Number = Field(1.0, description="Factor of this score in the weighted sum.")
+
+    _short = model_validator(mode="before")(lambda value: _named("name", value))
+
+
+class RewardsSpec(BaseModel):
+    """How completions are scored. A bare list (or one name) is the list of functions."""
+
+    model_config = STRICT
+    functions: list[RewardSpec] = Field(default_factory=lambda: [RewardSpec(name="task")], min_length=1)
+    timeout_s: Positive = Field(10.0, description="Seconds one reward call may take before its process is killed.")
+    on_error: Literal["raise", "missing"] = Field(
+        "raise", description="A failing reward stops the run (raise) or counts as no score (missing)."
+    )
+    workers: Count = Field(1, description="Child processes that score.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"functions": [value]}
+        return {"functions": value} if isinstance(value, list) else value
+
+
+class SamplingSpec(BaseModel):
+    """How completions are drawn in training."""
+
+    model_config = STRICT
+    temperature: Positive = Field(1.0, description="Divides the logits before sampling.")
+    top_p: Share = Field(1.0, description="Sample from the smallest set of tokens with this probability; 1 is all.")
+    top_k: Whole = Field(0, description="Sample from the k most likely tokens; 0 is all.")
+    max_completion_length: Count = Field(64, description="Tokens after which a completion is cut.")
+    truncated: Literal["score", "mask", "penalise"] = Field(
+        "score", description="A cut completion is scored as it is, left out of the loss, or loses `truncation_penalty`."
+    )
+    truncation_penalty: Number = Field(0.0, ge=0, description="Subtracted from a cut completion's reward.")
+
+    @model_validator(mode="after")
+    def _penalty_has_an_effect(self) -> Self:
+        if (self.truncated == "penalise") != (self.truncation_penalty > 0):
+            raise ValueError(
+                f"'truncated: penalise' and a positive 'truncation_penalty' go together; got truncated={self.truncated!r} "
+                f"and truncation_penalty={self.truncation_penalty:g}"
+            )
+        return self
+
+
+class MethodSpec(BaseModel):
+    """A method and its settings: `grpo`, `{grpo: {beta: 0.0}}` or `{name: grpo, settings: {beta: 0.0}}`."""
+
+    model_config = STRICT
+    name: str = Field(description="Method name (see `crosstrain methods`) or `file.py:function`.")
+    settings: dict[str, Any] = Field(default_factory=dict, description="Settings that differ from the published ones.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, Mapping) and len(value) == 1 and not {"name", "settings"} & set(value):
+            [(name, settings)] = value.items()
+            return {"name": name, "settings": {} if settings is None else settings}
+        return value
+
+
+class SwitchSpec(BaseModel):
+    """End a stage early, when a metric stops getting better."""
+
+    model_config = STRICT
+    rule: Literal["plateau"] = Field("plateau", description="The rule; plateau: no improvement for `patience` looks.")
+    metric: str = Field(description="Name of the metric in metrics.jsonl.")
+    mode: Literal["min", "max"] = Field(description="Whether lower (min) or higher (max) is better.")
+    patience: Count = Field(description="Looks without improvement before the stage ends.")
+    min_delta: Number = Field(0.0, ge=0, description="Smallest change that counts as improvement.")
+
+
+class Stage(BaseModel):
+    """One method with its optimizer, for a number of steps or a share of the budget."""
+
+    model_config = STRICT
+    method: MethodSpec
+    max_steps: Count | None = Field(None, description="Collections of data after which the stage ends.")
+    budget_share: Share | None = Field(None, description="Share of the recipe's budget after which the stage ends.")
+    batch_size: Count = Field(8, description="Examples collected per step.")
+    learning_rate: Positive = Field(description="Peak learning rate of AdamW.")
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("constant", description="Schedule after warmup.")
+    warmup_steps: Whole = Field(0, description="Steps over which the learning rate rises from 0.")
+    weight_decay: Number = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
+    adam_beta1: Number = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment.")
+    adam_beta2: Number = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment.")
+    adam_epsilon: Positive = Field(1e-8, description="AdamW's epsilon.")
+    max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this norm.")
+    until: SwitchSpec | None = Field(None, description="End earlier, by a metric.")
+    init_from: Literal["previous", "base", "best"] = Field(
+        "previous", description="Weights to start from: the stage before, the base model, or the best checkpoint."
+    )
+    restart_optimizer: Flag = Field(True, description="Start with fresh optimizer moments.")
+    restart_schedule: Flag = Field(True, description="Start the learning-rate schedule anew.")
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.max_steps is not None and self.warmup_steps > self.max_steps:
+            raise ValueError(f"'warmup_steps' ({self.warmup_steps}) is more than 'max_steps' ({self.max_steps})")
+        return self
+
+
+class BudgetSpec(BaseModel):
+    """What a run may spend."""
+
+    model_config = STRICT
+    unit: Literal["processed_tokens", "generated_tokens", "flops", "demonstrations"] = Field(
+        "processed_tokens", description="What is counted."
+    )
+    amount: Positive = Field(description="How much of it.")
+
+
+class SaveSpec(BaseModel):
+    """Checkpoints."""
+
+    model_config = STRICT
+    save_steps: Count = Field(10, description="Steps between checkpoints.")
+    save_total_limit: Count = Field(1, description="Checkpoints kept.")
+    best_metric: str | None = Field(None, description="Development metric by which the best weights are kept as well.")
+    best_mode: Literal["max", "min"] = Field("max", description="Whether higher (max) or lower (min) is better.")
+
+
+class EvalSetSpec(BaseModel):
+    """One set of held-out questions."""
+
+    model_config = STRICT
+    name: str = Field(description="Name in metrics and reports.")
+    task: str = Field(description="Name of a task.")
+    task_config: TaskConfig = {}
+    split: str = Field("test", description="Split of the task.")
+    size: Count = Field(128, description="How many questions.")
+    seed: Seed = 0
+
+
+class EvaluationSpec(BaseModel):
+    """What is measured on held-out questions."""
+
+    model_config = STRICT
+    in_distribution: list[EvalSetSpec] = Field(default_factory=list, description="Questions like the training data.")
+    out_of_distribution: list[EvalSetSpec] = Field(default_factory=list, description="Questions shifted away from it.")
+    samples_per_question: Count = Field(8, description="Completions sampled per question.")
+    pass_at_k: list[Count] = Field(default_factory=lambda: [1, 2, 4], description="The k of pass@k.")
+    forgetting: Flag = Field(True, description="Measure what the model lost on the bundled general suite.")
+    divergence: Flag = Field(True, description="Measure KL to the base model, both ways.")
+    temperature: Positive = Field(1.0, description="Temperature of the evaluation's samples.")
+    eval_steps: Whole = Field(0, description="Steps between evaluations on `dev`; 0 is only at the end.")
+    dev: EvalSetSpec | None = Field(None, description="Development questions, looked at during training.")
+    dev_samples: Count = Field(1, description="Completions sampled per development question.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.pass_at_k and self.samples_per_question < 2 * max(self.pass_at_k):
+            raise ValueError(
+                f"'samples_per_question' is {self.samples_per_question} but pass@{max(self.pass_at_k)} needs at least "
+                f"{2 * max(self.pass_at_k)} (twice the largest k)"
+            )
+        names = [s.name for s in (*self.in_distribution, *self.out_of_distribution)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"evaluation sets need different names, got {twice[0]!r} more than once")
+        if self.eval_steps and self.dev is None:
+            raise ValueError(f"'eval_steps' is {self.eval_steps} but there is no 'dev' set to look at")
+        return self
+
+
+def _streams(value: Any) -> Any:
+    """A single data spec (or path) becomes the stream `train`."""
+    single = isinstance(value, str | DataSpec) or (isinstance(value, Mapping) and bool({"path", "task"} & set(value)))
+    return {"train": value} if single else value
+
+
+def gather_stage(value: Any) -> Any:
+    """The same mapping with the stage keys of its top level, if any, gathered into its one stage.
+
+    >>> gather_stage({"method": "sft", "learning_rate": 1e-5, "seed": 3})
+    {'seed': 3, 'stages': [{'method': 'sft', 'learning_rate': 1e-05}]}
+    """
+    if not isinstance(value, Mapping):
+        return value
+    flat = [key for key in value if key in Stage.model_fields]
+    if flat and "stages" in value:
+        raise ValueError(f"{flat[0]!r} stands beside 'stages'; write it inside the stage it is for")
+    if not flat:
+        return value
+    return {k: v for k, v in value.items() if k not in flat} | {"stages": [{key: value[key] for key in flat}]}
+
+
+class Recipe(BaseModel):
+    """Everything that determines one run. Stage keys may stand at the top level when there is one stage."""
+
+    model_config = STRICT
+    model: ModelSpec = Field(default_factory=ModelSpec)
+    data: Annotated[dict[str, DataSpec], BeforeValidator(_streams)] = Field(
+        min_length=1, description="Named streams of examples; a single one is called `train`."
+    )
+    rewards: RewardsSpec | None = Field(None, description="How completions are scored; the task's reward when not given.")
+    stages: list[Stage] = Field(min_length=1, description="What to do, in order.")
+    sampling: SamplingSpec = Field(default_factory=SamplingSpec)
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
+    budget: BudgetSpec | None = Field(None, description="What the run may spend.")
+    save: SaveSpec = Field(default_factory=SaveSpec)
+    seed: Seed = 0
+    precision: Literal["auto", "fp32", "mixed", "bf16"] = Field(
+        "auto",
+        description="fp32; mixed: fp32 weights, bf16 compute; bf16: weights too; auto: mixed where the hardware has bf16.",
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
+    gradient_checkpointing: Flag = Field(False, description="Recompute activations in backward to save memory.")
+    micro_batch_tokens: Count = Field(4096, description="Tokens per forward pass; changes memory and speed, not results.")
+    max_prompt_length: Count = Field(512, description="Longer prompts are errors.")
+    max_length: Count = Field(1024, description="Longer prompt + answer rows are errors.")
+    logging_steps: Count = Field(1, description="Steps between lines of metrics.jsonl.")
+    log_completions: Flag = Field(True, description="Write sampled completions to the run's folder.")
+    report_to: list[str] = Field(default_factory=list, description="Trackers to send metrics to; none by default.")
+    output_dir: str | None = Field(None, description="The run's folder; the command line's --out wins.")
+
+    _gather = model_validator(mode="before")(gather_stage)
+
+    @model_validator(mode="after")
+    def _stages_end(self) -> Self:
+        for i, stage in enumerate(self.stages):
+            if stage.budget_share is not None and self.budget is None:
+                raise ValueError(f"stage {i} has a 'budget_share' but the recipe has no 'budget'")
+            alone = self.budget is not None and len(self.stages) == 1
+            if stage.max_steps is None and stage.budget_share is None and not alone:
+                raise ValueError(f"stage {i} ({stage.method.name}) never ends: give it 'max_steps' or 'budget_share'")
+            if stage.init_from == "best" and self.save.best_metric is None:
+                raise ValueError(f"stage {i} has 'init_from: best' but 'save.best_metric' is not set")
+        if (total := sum(stage.budget_share or 0.0 for stage in self.stages)) > 1 + 1e-9:
+            raise ValueError(f"the stages' 'budget_share' add up to {total:g}; at most 1 is allowed")
+        return self
+
+    @model_validator(mode="after")
+    def _lengths_and_metrics(self) -> Self:
+        if self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"'max_prompt_length' ({self.max_prompt_length}) leaves no room for an answer within 'max_length' "
+                f"({self.max_length})"
+            )
+        if self.save.best_metric is not None and not self.evaluation.eval_steps:
+            raise ValueError("'save.best_metric' needs 'evaluation.eval_steps' above 0, or it is never measured")
+        return self
