@@ -74,7 +74,7 @@ class Trajectory:
             raise ValueError(f"a trajectory has {len(self.tokens)} tokens but {len(self.source)} sources; they must match")
         if self.behaviour_logp and len(self.behaviour_logp) != len(self.tokens):
             raise ValueError(
-                f"a trajectory has {len(self.tokens)} tokens but {len(self.behaviour_logp)} behaviour log-probs; they must match"
+                f"a trajectory has {len(self.tokens)} tokens but {len(self.behaviour_logp)} behaviour_logp; they must match"
             )
 
     @property
@@ -197,6 +197,7 @@ class Batch:
     columns: further no-gradient tensors [B, T] or [B], NaN where unknown: `behaviour_logp`, `old_logp`, `ref_logp`, ...
     example_ids: B names for messages.
     prompt_length: [B] int64, tokens that all rows of a group share at their start (what may be computed once).
+    length: [B] int64, tokens of each row without padding.
     step: optimizer steps taken before this one, for schedules.
     """
 
@@ -259,9 +260,17 @@ class Batch:
             length=self.length[index],
         )
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device."""
+        moved = {f: getattr(self, f).to(device) for f in _BATCH_TENSORS}
+        return replace(self, **moved, columns={name: column.to(device) for name, column in self.columns.items()})
+
     def with_columns(self, **columns: Tensor) -> Batch:
         """The same batch with further (or replaced) columns."""
         return replace(self, columns={**self.columns, **columns})
+
+
+_BATCH_TENSORS = ("tokens", "source", "trained", "group", "rank", "reward", "advantage", "prompt_length", "length")
 
 
 @dataclass(frozen=True)
@@ -358,7 +367,8 @@ class Updates:
         return self.epochs * self.minibatches
 
 
-def _keep(group: Group, state: State) -> Group | None:
+def keep(group: Group, state: State) -> Group | None:
+    """The group as it is: selects everything."""
     return group
 
 
@@ -384,7 +394,7 @@ class Method:
     advantage: credit from rewards and columns, [B] or [B, T], no gradient.
     updates: inner updates per collected batch.
     init, update: explicit state and how a step's logged metrics change it.
-    reference: which weights `ref_logp` comes from.
+    reference: which weights `ref_logp` comes from: those the run or the stage started with.
     columns: builders of further no-gradient columns by name, `(score, batch) -> [B, T] or [B]`, where `score(batch)` gives the
         current policy's Scores without gradient (KTO's mismatched pairs, SDFT's second prompt).
     embed: changes the input embeddings in training, `(embeddings [N, L, D], batch) -> same` (NEFTune).
@@ -395,12 +405,12 @@ class Method:
 
     terms: tuple[Term, ...]
     plan: Plan = field(default_factory=Plan)
-    select: Callable[[Group, State], Group | None] = _keep
+    select: Callable[[Group, State], Group | None] = keep
     advantage: Callable[[Batch], Tensor] = _no_advantage
     updates: Updates = field(default_factory=Updates)
     init: Callable[[], State] = _no_state
     update: Callable[[State, Mapping[str, float]], State] = _same_state
-    reference: Literal["base", "stage_start", "previous", "ema"] = "base"
+    reference: Literal["base", "stage_start"] = "base"
     columns: Mapping[str, Callable[[Callable[[Batch], Scores], Batch], Tensor]] = field(default_factory=dict)
     embed: Callable[[Tensor, Batch], Tensor] | None = None
     grad_mask: Callable[[State], Callable[[str], bool]] | None = None

@@ -1,0 +1,1 @@
+"""Training: batching, scoring, the loop, checkpoints and records. Imports no method."""

@@ -1,0 +1,143 @@
+"""GRPO and its named settings: group-relative policy optimisation with a clipped ratio."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from crosstrain.methods.plans import rollouts
+from crosstrain.methods.registry import method
+from crosstrain.objective.advantages import centred, group_normalised
+from crosstrain.objective.denominators import old
+from crosstrain.objective.gates import ppo_clip
+from crosstrain.objective.terms import by, kl, ppo_loss, seq_mean, surrogate, token_sum
+from crosstrain.types import Group, Method, Per, Source, State, Term, Updates, keep
+
+Average = Literal["sequences", "tokens", "constant"]
+
+
+@method(paper="arXiv:2402.03300", family="reinforcement learning")
+def grpo(
+    num_generations: int = 8,
+    beta: float = 0.04,
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    scale_rewards: Literal["group", "none"] = "group",
+    average: Average = "sequences",
+    max_completion_length: int | None = None,
+    num_iterations: int = 1,
+    minibatches: int = 1,
+    dynamic_sampling: int = 1,
+) -> Method:
+    """GRPO: each completion against the others of its group.
+
+    Loss (logged): mean over sequences of the mean over tokens of max(-A r, -A clip(r, 1 - epsilon, 1 + epsilon_high))
+    + beta k3, with A = (R - group mean) / (group std + 1e-6), std with n - 1, and r = pi / pi_old.
+    Weight on grad log pi: gate r A / (T_i N) for the policy term, beta (ref / pi - 1) / (T_i N) for the KL term.
+
+    beta: 0 turns the KL off (no reference is kept then). epsilon_high: DAPO's upper bound; equal to epsilon by default.
+    scale_rewards: "none" only centres (Dr. GRPO). average: "sequences" is the paper's; "tokens" divides by all tokens of the
+    step (DAPO); "constant" by sequences times max_completion_length (Dr. GRPO). num_iterations, minibatches: inner
+    updates per collected batch; with one, r = 1 and the clip is inert. dynamic_sampling: up to that many draws per step to
+    replace groups whose rewards are all equal (1: keep them, as the paper does).
+    TRL's GRPO differs in its defaults: beta 0 and DAPO's token average.
+    """
+    _check(beta, scale_rewards, average, max_completion_length, dynamic_sampling)
+    high = epsilon if epsilon_high is None else epsilon_high
+    normalise = seq_mean if average == "sequences" else token_sum
+    per = {
+        "sequences": Per(("sequences",)),
+        "tokens": Per(("own_tokens",)),
+        "constant": Per(("sequences",), constant=float(max_completion_length or 1)),
+    }[average]
+    on = by(Source.POLICY)
+    terms: list[Term] = [
+        surrogate(
+            "rl",
+            on=on,
+            per=per,
+            denominator=old,
+            gate=ppo_clip(epsilon, high),
+            normalise=normalise,
+            logged=ppo_loss(old, epsilon, high, normalise),
+            needs=frozenset({"old_logp"}),
+            describe="max(-A r, -A clip(r)), r = pi / old",
+        )
+    ]
+    if beta > 0:
+        terms.append(kl("kl", on=on, per=per, normalise=normalise, coef=beta))
+    return Method(
+        terms=tuple(terms),
+        plan=rollouts(num_generations, max_draws=dynamic_sampling),
+        select=drop_equal_rewards if dynamic_sampling > 1 else keep,
+        advantage=group_normalised if scale_rewards == "group" else centred,
+        updates=Updates(num_iterations, minibatches),
+        reference="stage_start",
+    )
+
+
+@method(paper="arXiv:2503.20783", family="reinforcement learning")
+def dr_grpo(
+    num_generations: int = 8, max_completion_length: int = 3000, epsilon: float = 0.2, num_iterations: int = 1
+) -> Method:
+    """Dr. GRPO: GRPO without the two biases, no std and no division by a sequence's own length.
+
+    `grpo` with beta 0, scale_rewards "none" and average "constant": sum over tokens / (sequences * max_completion_length).
+    max_completion_length: the constant, 3000 in the authors' script; set it to your own token limit.
+    """
+    return grpo(
+        num_generations=num_generations,
+        beta=0.0,
+        epsilon=epsilon,
+        scale_rewards="none",
+        average="constant",
+        max_completion_length=max_completion_length,
+        num_iterations=num_iterations,
+    )
+
+
+@method(paper="arXiv:2503.14476", family="reinforcement learning")
+def dapo(
+    num_generations: int = 16,
+    epsilon: float = 0.2,
+    epsilon_high: float = 0.28,
+    dynamic_sampling: int = 10,
+    num_iterations: int = 1,
+    minibatches: int = 16,
+) -> Method:
+    """DAPO: GRPO with a higher upper clip, a token average, no KL, and resampling of groups whose rewards are all equal.
+
+    `grpo` with epsilon_high 0.28, average "tokens", beta 0 and up to 10 draws. minibatches: the paper's 512 prompts in
+    mini-batches of 32. Its overlong penalty is the recipe's `sampling.truncated: penalise`.
+    """
+    return grpo(
+        num_generations=num_generations,
+        beta=0.0,
+        epsilon=epsilon,
+        epsilon_high=epsilon_high,
+        average="tokens",
+        num_iterations=num_iterations,
+        minibatches=minibatches,
+        dynamic_sampling=dynamic_sampling,
+    )
+
+
+def drop_equal_rewards(group: Group, state: State) -> Group | None:
+    """The group, or None when all its known rewards are equal (no advantage could differ from 0)."""
+    rewards = {t.reward for t in group.trajectories if t.reward is not None}
+    return group if len(rewards) > 1 else None
+
+
+def _check(beta: float, scale_rewards: str, average: str, max_completion_length: int | None, draws: int) -> None:
+    if beta < 0:
+        raise ValueError(f"beta: got {beta}; it must be 0 (no KL) or positive")
+    if scale_rewards not in ("group", "none"):
+        raise ValueError(f"scale_rewards: got {scale_rewards!r}; allowed: group, none")
+    if average not in ("sequences", "tokens", "constant"):
+        raise ValueError(f"average: got {average!r}; allowed: sequences, tokens, constant")
+    if (average == "constant") != (max_completion_length is not None):
+        raise ValueError(
+            f"max_completion_length: got {max_completion_length} with average {average!r}; "
+            "average 'constant' needs it and no other average uses it"
+        )
+    if draws < 1:
+        raise ValueError(f"dynamic_sampling: got {draws}; it must be at least 1")

@@ -1,0 +1,75 @@
+"""LUFFY: learn from own rollouts and one expert answer in the same group."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+from torch import Tensor
+
+from crosstrain.methods.plans import rollouts
+from crosstrain.methods.registry import method
+from crosstrain.objective.advantages import centred
+from crosstrain.objective.denominators import old, shaped
+from crosstrain.objective.terms import by, surrogate
+from crosstrain.types import Batch, Method, Per, Scores, Source, Updates, Value
+
+
+@method(paper="arXiv:2504.14945", family="hybrid")
+def luffy(
+    num_generations: int = 7,
+    gamma: float = 0.1,
+    baseline: Literal["paper", "code"] = "paper",
+    num_iterations: int = 1,
+    minibatches: int = 1,
+) -> Method:
+    """LUFFY: mixed-policy GRPO with policy shaping.
+
+    A group is num_generations own rollouts and the row's demonstration, scored by the same verifier. Loss, summed over the
+    tokens of both and divided by all of them:
+        own tokens      -A r                 r = pi / pi_old
+        expert tokens   -A p / (p + gamma)   p = pi, the expert's own density taken as 1
+    with A = R - group mean, no std and no clip. Weight: r A on own tokens, A gamma p / (p + gamma)^2 on expert tokens.
+
+    baseline: "paper" takes the mean over rollouts and demonstration together; "code" takes it over rollouts only, as the
+    authors' repository does (with all rollouts wrong, the demonstration then has A = 1 and the rollouts 0).
+    Differs on purpose: divided by the tokens of the whole optimizer step; the authors' code divides by a constant length per
+    micro-batch and adds an entropy bonus of 0.001.
+    """
+    if baseline not in ("paper", "code"):
+        raise ValueError(f"baseline: got {baseline!r}; allowed: paper, code")
+    over = (Source.POLICY, Source.EXPERT) if baseline == "paper" else (Source.POLICY,)
+    per = Per(("all_tokens",))
+    return Method(
+        terms=(
+            surrogate(
+                "rl",
+                on=by(Source.POLICY),
+                per=per,
+                denominator=old,
+                needs=frozenset({"old_logp"}),
+                describe="-A r, r = pi / old",
+            ),
+            surrogate(
+                "demo",
+                on=by(Source.EXPERT),
+                per=per,
+                denominator=shaped(gamma),
+                logged=_shaped_loss(gamma),
+                describe=f"-A p / (p + {gamma:g})",
+            ),
+        ),
+        plan=rollouts(num_generations, with_demonstration=True),
+        advantage=functools.partial(centred, over=over),
+        updates=Updates(num_iterations, minibatches),
+    )
+
+
+def _shaped_loss(gamma: float) -> Value:
+    """-A p / (p + gamma) per token, the published loss."""
+
+    def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
+        p = scores.logp.exp()
+        return -batch.advantage * p / (p + gamma)
+
+    return value

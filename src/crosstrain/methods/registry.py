@@ -1,0 +1,94 @@
+"""How a method is named, made from settings, and found again from a record."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from crosstrain.errors import UserError, nearest
+from crosstrain.types import Method
+
+Factory = Callable[..., Method]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered method: its factory, where it was published, and the family it is listed under."""
+
+    name: str
+    factory: Factory
+    paper: str
+    family: str
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The factory's keyword arguments and their defaults (the published settings)."""
+        return {name: p.default for name, p in inspect.signature(self.factory).parameters.items()}
+
+
+METHODS: dict[str, Entry] = {}
+
+
+def method(*, paper: str, family: str) -> Callable[[Factory], Factory]:
+    """Register a factory under its own name, and let what it makes record that name and all its settings."""
+
+    def register(factory: Factory) -> Factory:
+        signature = inspect.signature(factory)
+
+        @functools.wraps(factory)
+        def make(**settings: Any) -> Method:
+            bound = signature.bind(**settings)
+            bound.apply_defaults()
+            return replace(factory(**settings), name=factory.__name__, settings=dict(bound.arguments), paper=paper)
+
+        METHODS[factory.__name__] = Entry(factory.__name__, make, paper, family)
+        return make
+
+    return register
+
+
+def load_method(name: str, **settings: Any) -> Method:
+    """The method called `name` with `settings`, its defaults the published ones.
+
+    name: one of `METHODS`, or `file.py:function` for a factory of your own.
+    Raises UserError for an unknown name or setting (with the nearest valid one) and for a value the factory refuses.
+
+    >>> load_method("grpo", beta=0.0).settings["num_generations"]
+    8
+    """
+    factory = _from_file(name) if ".py:" in name else _by_name(name)
+    allowed = inspect.signature(factory).parameters
+    for key in settings:
+        if key not in allowed:
+            raise UserError(f"method {name}: unknown setting {key!r}; {nearest(key, allowed)}")
+    try:
+        made = factory(**settings)
+    except ValueError as error:
+        raise UserError(f"method {name}: {error}") from error
+    return made if made.name else replace(made, name=name, settings=dict(settings))
+
+
+def _by_name(name: str) -> Factory:
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}; {nearest(name, METHODS)}")
+    return METHODS[name].factory
+
+
+def _from_file(name: str) -> Factory:
+    path, _, function = name.rpartition(":")
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"method {name}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    factory = getattr(module, function, None)
+    if factory is None:
+        raise UserError(f"method {name}: {path} has no function {function!r}; {nearest(function, vars(module))}")
+    return factory  # type: ignore[no-any-return]

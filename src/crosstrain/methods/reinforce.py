@@ -1,0 +1,53 @@
+"""Policy gradients without a learned critic and without a ratio: REINFORCE, RLOO, RAFT."""
+
+from __future__ import annotations
+
+from crosstrain.methods.plans import rollouts
+from crosstrain.methods.registry import method
+from crosstrain.objective.advantages import leave_one_out, ones, raw_reward
+from crosstrain.objective.terms import by, nll, reinforce_loss, surrogate, token_sum
+from crosstrain.types import Group, Method, Per, Source, State
+
+
+@method(paper="doi:10.1007/BF00992696", family="reinforcement learning")
+def reinforce(num_generations: int = 1) -> Method:
+    """REINFORCE: raise the log-probability of each completion in proportion to its reward, without a baseline.
+
+    Loss (logged): -sum_t R log pi(y_t) / N over sequences. Weight on grad log pi: R / N on every token. Williams 1992.
+    """
+    term = surrogate(
+        "rl", on=by(Source.POLICY), per=Per(("sequences",)), logged=reinforce_loss(token_sum), describe="-R log pi"
+    )
+    return Method(terms=(term,), plan=rollouts(num_generations), advantage=raw_reward)
+
+
+@method(paper="arXiv:2402.14740", family="reinforcement learning")
+def rloo(num_generations: int = 4) -> Method:
+    """RLOO: REINFORCE with the mean reward of the group's other completions as baseline.
+
+    Loss (logged): -sum_t A log pi(y_t) / N over sequences, A_i = R_i - mean of R_j over j != i. Weight: A / N.
+    No ratio and no KL term, as the paper's estimator; TRL's trainer of that name adds a sequence-level clipped ratio and
+    takes a KL off the reward.
+    """
+    if num_generations < 2:
+        raise ValueError(f"num_generations: got {num_generations}; leaving one out needs at least 2")
+    term = surrogate(
+        "rl", on=by(Source.POLICY), per=Per(("sequences",)), logged=reinforce_loss(token_sum), describe="-A log pi"
+    )
+    return Method(terms=(term,), plan=rollouts(num_generations), advantage=leave_one_out)
+
+
+@method(paper="arXiv:2504.11343", family="rejection sampling")
+def raft(num_generations: int = 4, threshold: float = 0.0) -> Method:
+    """RAFT: sample, keep what the verifier accepts, imitate it.
+
+    Loss: -log pi averaged over the tokens of kept completions (reward > threshold). Weight: 1 / N on kept tokens, 0 elsewhere.
+    A group with nothing kept is dropped. RAFT is arXiv:2304.06767; this per-step form is that of arXiv:2504.11343.
+    """
+
+    def keep_right(group: Group, state: State) -> Group | None:
+        right = tuple(t for t in group.by(Source.POLICY) if t.reward is not None and t.reward > threshold)
+        return Group(group.example, right, group.stream) if right else None
+
+    term = nll("kept", on=by(Source.POLICY), per=Per(("own_tokens",)))
+    return Method(terms=(term,), plan=rollouts(num_generations), select=keep_right, advantage=ones)

@@ -1,0 +1,101 @@
+"""Credit from rewards: pure functions `Batch -> [B]`, without gradient.
+
+NaN where the reward is unknown: a term that then reads it makes the run stop and name the example.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crosstrain.types import Batch, Source
+
+
+def raw_reward(batch: Batch) -> Tensor:
+    """The reward itself, [B]: REINFORCE without a baseline."""
+    return batch.reward
+
+
+def positive_reward(batch: Batch) -> Tensor:
+    """max(reward, 0), [B]: rejection sampling trains on what was right (RAFT, arXiv:2504.11343 as loss)."""
+    return batch.reward.clamp(min=0.0)
+
+
+def ones(batch: Batch) -> Tensor:
+    """1 for every row, [B]: imitation."""
+    return torch.ones_like(batch.reward)
+
+
+def centred(batch: Batch, over: tuple[Source, ...] = (Source.EXPERT, Source.POLICY)) -> Tensor:
+    """reward minus the mean reward of its group, [B] (Dr. GRPO, arXiv:2503.20783).
+
+    over: whose trajectories the mean is taken over. A group with none of them keeps a mean of 0.
+
+    >>> from crosstrain.testing import tiny_batch
+    >>> centred(tiny_batch(rewards=[1.0, 0.0, 0.0, 1.0], groups=[0, 0, 0, 1])).tolist()  # doctest: +ELLIPSIS
+    [0.666..., -0.333..., -0.333..., 0.0]
+    """
+    member = _written_by(batch, over)
+    mean, _ = _group_mean_and_count(batch, batch.reward, member)
+    return batch.reward - mean
+
+
+def group_normalised(batch: Batch, std_eps: float = 1e-6) -> Tensor:
+    """(reward - group mean) / (group std + std_eps), [B], std with n - 1 (GRPO, arXiv:2402.03300).
+
+    A group of one has mean 0 and std 1, so its advantage is the raw reward (as verl and the authors' code have it).
+
+    >>> from crosstrain.testing import tiny_batch
+    >>> a = group_normalised(tiny_batch(rewards=[1.0, 0.0, 1.0], groups=[0, 0, 1]))
+    >>> [round(x, 4) for x in a.tolist()]
+    [0.7071, -0.7071, 1.0]
+    """
+    everyone = torch.ones_like(batch.reward, dtype=torch.bool)
+    mean, count = _group_mean_and_count(batch, batch.reward, everyone)
+    deviation = batch.reward - mean
+    variance_sum = _group_sum(batch, deviation**2)
+    std = (variance_sum / (count - 1).clamp(min=1)).sqrt()
+    alone = count == 1
+    return torch.where(alone, batch.reward, deviation / (std + std_eps))
+
+
+def leave_one_out(batch: Batch) -> Tensor:
+    """reward minus the mean reward of the *other* rows of its group, [B]: n / (n - 1) * centred (RLOO, arXiv:2402.14740).
+
+    A group of one has no others: its advantage is the raw reward.
+
+    >>> from crosstrain.testing import tiny_batch
+    >>> leave_one_out(tiny_batch(rewards=[1.0, 0.0, 0.5, 2.0], groups=[0, 0, 0, 1])).tolist()
+    [0.75, -0.75, 0.0, 2.0]
+    """
+    total = _group_sum(batch, batch.reward)
+    count = _group_sum(batch, torch.ones_like(batch.reward))
+    others = (total - batch.reward) / (count - 1).clamp(min=1)
+    return torch.where(count == 1, batch.reward, batch.reward - others)
+
+
+def _written_by(batch: Batch, sources: tuple[Source, ...]) -> Tensor:
+    """[B] bool: rows with a token of one of `sources`, trained or not (a masked truncation still has a reward)."""
+    hit = torch.zeros_like(batch.reward, dtype=torch.bool)
+    for source in sources:
+        hit |= (batch.source == int(source)).any(dim=1)
+    return hit
+
+
+def _group_index(batch: Batch) -> Tensor:
+    """[B] int64: group numbers made dense, so that they can index a tensor."""
+    index: Tensor = torch.unique(batch.group, return_inverse=True)[1]
+    return index
+
+
+def _group_sum(batch: Batch, values: Tensor) -> Tensor:
+    """[B]: each row's sum of `values` over its group."""
+    index = _group_index(batch)
+    sums = torch.zeros(int(index.max()) + 1 if len(index) else 0, dtype=values.dtype, device=values.device)
+    return sums.index_add(0, index, values)[index]
+
+
+def _group_mean_and_count(batch: Batch, values: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:
+    count = _group_sum(batch, member.to(values.dtype))
+    total = _group_sum(batch, torch.where(member, values, torch.zeros_like(values)))
+    return total / count.clamp(min=1), count

@@ -1,0 +1,186 @@
+"""The building blocks of objectives.
+
+`surrogate` is the one primitive of the policy-gradient family:
+
+    value_t = -gate_t * exp(logp_t - log_den_t) * A_t          gate, log_den and A carry no gradient
+
+whose weight on grad log pi is gate * (pi / den) * A, the four parts of the Unified Policy Gradient Estimator
+(arXiv:2509.04419). `nll`, `kl` and `pairwise_logistic` are ordinary terms whose value is the published loss.
+Every value function receives scores and columns that are 0 outside the term's own mask (see `reduce`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from crosstrain.objective.denominators import Denominator, current
+from crosstrain.objective.gates import Gate, always
+from crosstrain.types import Batch, On, Per, Schedule, Scores, Source, Term, Value
+
+Normalise = Callable[[Tensor, Batch], Tensor]
+"""A weight per token from what belongs to one sequence or group: `(on [B, T], batch) -> [B, T]`."""
+
+
+def by(*sources: Source) -> On:
+    """The trained tokens that one of `sources` wrote."""
+    return lambda batch: batch.written_by(*sources)
+
+
+def best_by(*sources: Source) -> On:
+    """As `by`, in the best-rewarded rows of each group only (a rejected answer is EXPERT text too)."""
+    return lambda batch: batch.written_by(*sources) & (batch.rank == 0)[:, None]
+
+
+def token_sum(on: Tensor, batch: Batch) -> Tensor:
+    """Weight 1: nothing is divided within a sequence."""
+    return on.to(batch.advantage.dtype)
+
+
+def seq_mean(on: Tensor, batch: Batch) -> Tensor:
+    """Weight 1 / T_i with T_i the term's own tokens of the sequence: a mean over each sequence."""
+    weight = on.to(batch.advantage.dtype)
+    return weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def group_mean(on: Tensor, batch: Batch) -> Tensor:
+    """Weight 1 / (the term's own tokens in the group): a token mean over each group. Needs `unit="group"`."""
+    weight = on.to(batch.advantage.dtype)
+    index = torch.unique(batch.group, return_inverse=True)[1]
+    totals = weight.new_zeros(int(index.max()) + 1).index_add(0, index, weight.sum(dim=1))
+    return weight / totals[index].clamp(min=1)[:, None]
+
+
+def surrogate(
+    name: str,
+    *,
+    on: On,
+    per: Per,
+    denominator: Denominator = current,
+    gate: Gate = always,
+    normalise: Normalise = token_sum,
+    coef: float | Schedule = 1.0,
+    unit: Literal["token", "sequence", "group"] = "token",
+    logged: Value | None = None,
+    needs: frozenset[str] = frozenset(),
+    describe: str = "",
+) -> Term:
+    """A policy-gradient term: `-gate * exp(logp - log_den) * A` per token, [B, T].
+
+    The ratio's gradient flows through logp only: denominators, gates and advantages are detached here, once.
+    """
+
+    def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
+        log_den = denominator(scores.logp.detach(), batch).detach()
+        ratio = torch.exp(torch.where(on, scores.logp - log_den, torch.zeros_like(scores.logp)))
+        advantage = batch.advantage.detach()
+        return -gate(ratio.detach(), advantage).detach() * ratio * advantage * normalise(on, batch)
+
+    return Term(name, value, on, per, coef, unit, needs, logged, describe)
+
+
+def ppo_loss(denominator: Denominator, low: float, high: float, normalise: Normalise = token_sum) -> Value:
+    """PPO's published loss max(-A r, -A clip(r, 1 - low, 1 + high)) per token, [B, T], to be logged.
+
+    Its gradient equals that of `surrogate` with `ppo_clip(low, high)`; a test holds them together.
+    """
+
+    def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
+        log_den = denominator(scores.logp.detach(), batch).detach()
+        ratio = torch.exp(torch.where(on, scores.logp - log_den, torch.zeros_like(scores.logp)))
+        advantage = batch.advantage
+        loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+        return loss * normalise(on, batch)
+
+    return value
+
+
+def reinforce_loss(normalise: Normalise = token_sum) -> Value:
+    """-A logp per token, [B, T], to be logged beside a surrogate whose denominator is the current policy."""
+
+    def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
+        return -batch.advantage * scores.logp * normalise(on, batch)
+
+    return value
+
+
+def nll(
+    name: str,
+    *,
+    on: On,
+    per: Per,
+    normalise: Normalise = token_sum,
+    coef: float | Schedule = 1.0,
+    unit: Literal["token", "sequence", "group"] = "token",
+    describe: str = "-log pi",
+) -> Term:
+    """Negative log-likelihood, -logp per token, [B, T], in nats."""
+
+    def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
+        return -scores.logp * normalise(on, batch)
+
+    return Term(name, value, on, per, coef, unit, describe=describe)
+
+
+def kl(
+    name: str,
+    *,
+    on: On,
+    per: Per,
+    estimator: Literal["k1", "k2", "k3"] = "k3",
+    normalise: Normalise = token_sum,
+    coef: float | Schedule = 1.0,
+) -> Term:
+    """A KL penalty to the frozen reference as a loss, per token, [B, T], with d = logp - ref_logp.
+
+    k1: d (as a loss on own samples it has zero expected gradient). k2: d^2 / 2 (the reverse-KL gradient).
+    k3: exp(-d) - 1 + d (GRPO, arXiv:2402.03300; its gradient is that of the forward KL(ref || pi)).
+    """
+    formulas: dict[str, Callable[[Tensor], Tensor]] = {
+        "k1": lambda d: d,
+        "k2": lambda d: d**2 / 2,
+        "k3": lambda d: torch.exp(-d) - 1 + d,
+    }
+    if estimator not in formulas:
+        raise ValueError(f"kl: got estimator={estimator!r}; allowed: {', '.join(formulas)}")
+
+    def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
+        difference = torch.where(on, scores.logp - batch.columns["ref_logp"], torch.zeros_like(scores.logp))
+        return formulas[estimator](difference) * normalise(on, batch)
+
+    return Term(name, value, on, per, coef, needs=frozenset({"ref_logp"}), describe=f"{estimator} of log pi - log ref")
+
+
+def pairwise_logistic(name: str, *, beta: float, label_smoothing: float = 0.0, on: On, coef: float | Schedule = 1.0) -> Term:
+    """DPO's loss per preference pair, [P]: -(1 - e) log sigmoid(beta D) - e log sigmoid(-beta D).
+
+    D = sum over the better answer's tokens of (logp - ref_logp) minus the same sum over the worse answer's. e is
+    `label_smoothing` (conservative DPO). Weight: +-(1 - e) beta sigmoid(-beta D) -+ e beta sigmoid(beta D) on every token.
+    DPO, arXiv:2305.18290, eq. 7.
+    """
+
+    def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
+        margin = pair_margin(scores, batch)
+        return -(1 - label_smoothing) * F.logsigmoid(beta * margin) - label_smoothing * F.logsigmoid(-beta * margin)
+
+    return Term(
+        name,
+        value,
+        on,
+        Per(("pairs",)),
+        coef,
+        unit="group",
+        needs=frozenset({"ref_logp"}),
+        describe=f"-log sigmoid({beta:g} (d_chosen - d_rejected)), d = sum of log pi - log ref",
+    )
+
+
+def pair_margin(scores: Scores, batch: Batch) -> Tensor:
+    """[P]: how much more the policy moved toward the better answer than toward the worse, in nats, against the reference."""
+    moved = (scores.logp - batch.columns["ref_logp"]).sum(dim=1)
+    better, worse = batch.pairs()
+    return moved[better] - moved[worse]

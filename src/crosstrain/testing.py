@@ -1,0 +1,358 @@
+"""Tools for testing methods, shipped so that a method of your own can be held to the same contract.
+
+    from crosstrain.testing import check_method
+    check_method(my_method())
+
+`check_method` trains nothing: it takes gradients of a tiny random model on made-up data of every kind and demands that no cut
+into micro-batches, padding, order or layout changes them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosstrain.objective.reduce import count
+from crosstrain.rollout.sampler import Completion, Prompt, Sampling
+from crosstrain.training.batching import cut, to_batch, with_advantage
+from crosstrain.training.collect import Truncation, collect
+from crosstrain.training.loop import Engine, backward
+from crosstrain.training.metrics import Meter
+from crosstrain.types import Batch, Example, Group, Method, Source, Trajectory
+
+VOCABULARY = 61
+
+
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, vocab_size: int = VOCABULARY) -> Any:
+    """A random Llama of about 20,000 parameters in evaluation mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=0,
+        attn_implementation="sdpa",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():  # the default initialisation is nearly uniform, which hides mistakes
+            for p in model.parameters():
+                p.mul_(4.0) if p.ndim >= 2 else None
+    return model.to(dtype).eval()
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer without merges (259 ids) with a ChatML template; pad is the end token, as in SmolLM2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<|im_start|>", "<|endoftext|>", "<|im_end|>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>", "<|endoftext|>"],
+    )
+    fast.chat_template = CHATML
+    return fast
+
+
+class ScriptedSampler:
+    """A sampler whose completions follow from their keys alone; `script` may fix a key's completions."""
+
+    def __init__(self, length: int = 6, script: dict[str, Sequence[tuple[int, ...]]] | None = None) -> None:
+        self.length = length
+        self.script = script or {}
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, step: int) -> list[list[Completion]]:
+        """Random tokens of random length, ending in token 2 unless cut."""
+        return [[self._one(p, i, seed, step) for i in range(p.n)] for p in prompts]
+
+    def _one(self, prompt: Prompt, index: int, seed: int, step: int) -> Completion:
+        key = prompt.key.split("@")[0]
+        if key in self.script:
+            tokens = self.script[key][index]
+            return Completion(tokens=tokens, logp=tuple(-0.5 for _ in tokens), finished=True)
+        rng = random.Random(f"{seed}/{step}/{prompt.key}/{index}")
+        tokens = tuple(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, self.length)))
+        finished = rng.random() < 0.8
+        tokens = (*tokens, 2) if finished else tokens
+        return Completion(tokens=tokens, logp=tuple(-rng.random() * 3 for _ in tokens), finished=finished)
+
+
+def tiny_batch(rewards: Sequence[float], groups: Sequence[int], tokens: int = 2) -> Batch:
+    """One row of one prompt token and `tokens` own tokens for each reward, in the given groups."""
+    rows: dict[int, list[Trajectory]] = {}
+    for reward, g in zip(rewards, groups, strict=True):
+        source = (Source.PROMPT,) + (Source.POLICY,) * tokens
+        rows.setdefault(g, []).append(Trajectory((1,) * (tokens + 1), source, reward=reward))
+    return to_batch([Group(Example(f"tiny:{g}", "", (1,)), tuple(ts)) for g, ts in rows.items()])
+
+
+def made_up_examples(method: Method, n: int = 8, seed: int = 0) -> list[Example]:
+    """Examples with random prompts that bring what the method needs (and a demonstration where it needs nothing)."""
+    rng = random.Random(seed)
+    result = []
+    for i in range(n):
+        prompt = tuple(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(2, 7)))
+
+        def answer(reward: float | None, prompt: tuple[int, ...] = prompt) -> Trajectory:
+            tokens = (*(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, 5))), 2)
+            source = (Source.PROMPT,) * len(prompt) + (Source.EXPERT,) * len(tokens)
+            return Trajectory(prompt + tokens, source, reward=reward)
+
+        expert = {
+            "pair": lambda: (answer(1.0), answer(0.0)),
+            "label": lambda i=i: (answer(float(i % 2)),),
+        }.get(method.plan.needs_expert or "", lambda: (answer(None),))()
+        result.append(Example(f"train:{i}", "", prompt, expert, where=f"made-up:{i + 1}"))
+    return result
+
+
+def made_up_rewards(groups: list[Group]) -> list[Group]:
+    """Rewards that show a method every case: a group all wrong, one all right, the others mixed; demonstrations are right."""
+    result = []
+    for g in groups:
+        number = int(g.example.id.split(":")[1].split("@")[0])
+        scored = []
+        for k, t in enumerate(g.trajectories):
+            own = {0: 0.0, 1: 1.0}.get(number % 4, float((k + number) % 2))
+            scored.append(replace(t, reward=own if t.wrote(Source.POLICY) else 1.0) if t.reward is None else t)
+        result.append(replace(g, trajectories=tuple(scored)))
+    return result
+
+
+class _Examples:
+    def __init__(self, examples: list[Example]) -> None:
+        self.examples = examples
+
+    def draw(self, position: int, n: int) -> tuple[list[Example], int]:
+        return [self.examples[(position + i) % len(self.examples)] for i in range(n)], position + n
+
+
+def made_up_batch(method: Method, model: Any, *, examples: int = 8, seed: int = 0) -> Batch:
+    """A batch as the loop would hand it to the method's terms, with old and reference log-probs a little off the model's."""
+    state = method.init()
+    stream = _Examples(made_up_examples(method, examples, seed))
+    names = method.plan.streams(state)
+    collected = collect(
+        method,
+        state,
+        {name: stream for name in names},
+        {},
+        batch_size=examples,
+        sampler=ScriptedSampler(),
+        sampling=Sampling(),
+        rewards=made_up_rewards,
+        truncation=Truncation(),
+        seed=seed,
+        step=0,
+    )
+    batch = to_batch(collected.groups)
+    engine = _engine(model, micro_batch_tokens=10**6)
+    from crosstrain.training.loop import no_grad_scores
+
+    logp = no_grad_scores(engine, method, batch).logp
+    generator = torch.Generator().manual_seed(seed)
+    for name in sorted(method.needs & {"old_logp", "ref_logp"}):
+        noise = torch.randn(logp.shape, generator=generator, dtype=torch.float64) * 0.3
+        off = torch.where(batch.trained, logp + noise.to(logp.dtype), torch.full_like(logp, math.nan))
+        batch = batch.with_columns(**{name: off})
+    for name, build in method.columns.items():
+        batch = batch.with_columns(**{name: build(lambda b: no_grad_scores(engine, method, b), batch)})
+    return with_advantage(batch, method.advantage(batch))
+
+
+def gradient(
+    method: Method, model: Any, batch: Batch, *, layout: str = "plain", micro_batches: Sequence[Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The method's gradient on all of the model's parameters, by name, from the loop's own backward."""
+    engine = _engine(model, layout=layout)
+    counts = count(method.terms, batch, groups=len(torch.unique(batch.group)))
+    model.zero_grad(set_to_none=True)
+    for index in micro_batches if micro_batches is not None else [torch.arange(len(batch))]:
+        backward(engine, method, batch.rows(index), counts, Meter())
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def _engine(model: Any, layout: str = "plain", micro_batch_tokens: int = 4096) -> Engine:
+    return Engine(
+        model=model,
+        parameters=1,
+        layout=layout,  # type: ignore[arg-type]
+        device=torch.device("cpu"),
+        streams={},
+        micro_batch_tokens=micro_batch_tokens,
+    )
+
+
+Check = Callable[[Method, Any, float], None]
+
+
+def check_method(method: Method) -> None:
+    """Hold a method to the contract, in fp64 (1e-8) and fp32 (1e-5); AssertionError names the check that failed.
+
+    Any cut into micro-batches, padding, row order and packing give the same gradient; masks are respected; the gradient is
+    finite and not zero; state survives JSON; unrelated rows leak nothing.
+    """
+    for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-5)):
+        for check in CHECKS:
+            check(method, tiny_model(dtype=dtype), tolerance)
+
+
+def gradient_is_finite_and_not_zero(method: Method, model: Any, tolerance: float) -> None:
+    """Every gradient is a number, and some are not 0 (a detached loss silently learns nothing)."""
+    found = gradient(method, model, made_up_batch(method, model))
+    assert all(bool(torch.isfinite(g).all()) for g in found.values()), "the gradient has NaN or infinite entries"
+    assert any(float(g.abs().max()) > 1e-6 for g in found.values()), "the gradient is zero everywhere"
+
+
+def any_cut_gives_the_same_gradient(method: Method, model: Any, tolerance: float) -> None:
+    """Micro-batches of any size."""
+    batch = made_up_batch(method, model)
+    whole = gradient(method, model, batch)
+    unit = "group" if any(t.unit == "group" for t in method.terms) else "token"
+    for tokens in (1, 40, 90):
+        for shared in (False, True):
+            pieces = cut(batch, tokens, unit, shared=shared)
+            assert sorted(torch.cat(pieces).tolist()) == list(range(len(batch))), "a cut loses or repeats rows"
+            _same(whole, gradient(method, model, batch, micro_batches=pieces), tolerance, f"micro-batches of {tokens} tokens")
+
+
+def padding_changes_nothing(method: Method, model: Any, tolerance: float) -> None:
+    """More padding on the right, with any finite or NaN content in the columns."""
+    batch = made_up_batch(method, model)
+    _same(gradient(method, model, batch), gradient(method, model, _padded(batch, 5)), tolerance, "padding")
+
+
+def order_changes_nothing(method: Method, model: Any, tolerance: float) -> None:
+    """Rows in another order."""
+    batch = made_up_batch(method, model)
+    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))
+    _same(gradient(method, model, batch), gradient(method, model, batch.rows(order)), tolerance, "row order")
+
+
+def packing_changes_nothing(method: Method, model: Any, tolerance: float) -> None:
+    """A group's shared prompt computed once, in one line with all its responses."""
+    batch = made_up_batch(method, model)
+    _same(gradient(method, model, batch), gradient(method, model, batch, layout="shared"), tolerance, "packing")
+
+
+def masks_are_respected(method: Method, model: Any, tolerance: float) -> None:
+    """Columns and advantages outside the trained tokens are never read: NaN there changes nothing."""
+    batch = made_up_batch(method, model)
+    poisoned = replace(
+        batch,
+        advantage=torch.where(batch.trained, batch.advantage, torch.full_like(batch.advantage, math.nan)),
+        columns={
+            k: torch.where(batch.trained, c, torch.full_like(c, math.nan)) if c.shape == batch.trained.shape else c
+            for k, c in batch.columns.items()
+        },
+    )
+    _same(gradient(method, model, batch), gradient(method, model, poisoned), tolerance, "what lies outside the mask")
+
+
+def unrelated_rows_leak_nothing(method: Method, model: Any, tolerance: float) -> None:
+    """Other groups in the batch only change a gradient through the counted denominators."""
+    batch = made_up_batch(method, model)
+    counts = count(method.terms, batch, groups=len(torch.unique(batch.group)))
+    groups = torch.unique(batch.group)
+    total: dict[str, Tensor] = {}
+    engine = _engine(model)
+    for g in groups:  # each group alone, its advantage made on the whole batch, under the whole batch's counts
+        model.zero_grad(set_to_none=True)
+        alone = batch.rows(torch.nonzero(batch.group == g).flatten())
+        kept = int(alone.length.max())
+        backward(engine, method, _trimmed(alone, kept), counts, Meter())
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                total[name] = total.get(name, torch.zeros_like(p)) + p.grad
+    _same(gradient(method, model, batch), total, tolerance, "other groups")
+    remade = method.advantage(batch.rows(torch.nonzero(batch.group == groups[-1]).flatten()))
+    given = method.advantage(batch)[batch.group == groups[-1]]
+    assert torch.allclose(remade, given, equal_nan=True), "a group's advantage depends on other groups"
+
+
+def state_survives_saving(method: Method, model: Any, tolerance: float) -> None:
+    """State is JSON: what is loaded equals what was saved, and goes on the same way."""
+    state = method.init()
+    for step in range(3):
+        loaded = json.loads(json.dumps(dict(state)))
+        assert loaded == dict(state), f"state {dict(state)} comes back from JSON as {loaded}"
+        observed = {"reward": 0.25 * step, "loss": 1.0, "step_time": 1.0, "frac_groups_dropped": 0.0}
+        after = method.update(state, observed)
+        assert dict(method.update(loaded, observed)) == dict(after), "update gives another state after saving and loading"
+        state = after
+
+
+CHECKS: tuple[Check, ...] = (
+    gradient_is_finite_and_not_zero,
+    any_cut_gives_the_same_gradient,
+    padding_changes_nothing,
+    order_changes_nothing,
+    packing_changes_nothing,
+    masks_are_respected,
+    unrelated_rows_leak_nothing,
+    state_survives_saving,
+)
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float, what: str) -> None:
+    assert one.keys() == other.keys(), f"{what} changes which parameters have a gradient"
+    for name in one:
+        gap = float((one[name] - other[name]).abs().max())
+        scale = max(1.0, float(one[name].abs().max()))
+        assert gap <= tolerance * scale, (
+            f"{what} changes the gradient of {name} by {gap:.2e} (allowed: {tolerance * scale:.0e})"
+        )
+
+
+def _padded(batch: Batch, extra: int) -> Batch:
+    def pad(x: Tensor, value: float) -> Tensor:
+        return torch.nn.functional.pad(x, (0, extra), value=value)
+
+    return replace(
+        batch,
+        tokens=pad(batch.tokens, 0),
+        source=pad(batch.source, int(Source.PROMPT)),
+        trained=pad(batch.trained, False),
+        advantage=pad(batch.advantage, math.nan),
+        columns={k: pad(c, math.nan) if c.ndim == 2 else c for k, c in batch.columns.items()},
+    )
+
+
+def _trimmed(batch: Batch, length: int) -> Batch:
+    return replace(
+        batch,
+        tokens=batch.tokens[:, :length],
+        source=batch.source[:, :length],
+        trained=batch.trained[:, :length],
+        advantage=batch.advantage[:, :length],
+        columns={k: c[:, :length] if c.ndim == 2 else c for k, c in batch.columns.items()},
+    )

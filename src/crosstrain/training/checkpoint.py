@@ -1,0 +1,94 @@
+"""Checkpoints at step boundaries: safetensors and JSON, complete or absent.
+
+A checkpoint is written to a temporary folder beside its place, flushed to disk and renamed, so that a kill at any moment
+leaves the previous one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What resuming needs: trained weights and optimizer moments by name, and everything else as JSON."""
+
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+
+
+def save(folder: Path, step: int, checkpoint: Checkpoint, *, keep: int = 1) -> Path:
+    """Write `folder/step-<step>` atomically and durably, then remove all but the newest `keep`."""
+    place = folder / f"step-{step:08d}"
+
+    def fill(temporary: Path) -> None:
+        save_file({k: v.contiguous().cpu() for k, v in checkpoint.weights.items()}, temporary / "weights.safetensors")
+        save_file({k: v.contiguous().cpu() for k, v in checkpoint.moments.items()}, temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=1, sort_keys=True))
+
+    write_folder(place, fill)
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old)
+    return place
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest complete checkpoint under `folder`, or None."""
+    found = _complete(folder)
+    return found[-1] if found else None
+
+
+def load(place: Path) -> Checkpoint:
+    """Read a checkpoint back; tensors are equal bit for bit."""
+    return Checkpoint(
+        weights=load_file(place / "weights.safetensors"),
+        moments=load_file(place / "optimizer.safetensors"),
+        state=json.loads((place / "state.json").read_text()),
+    )
+
+
+def write_folder(place: Path, fill: Any) -> None:
+    """Make the folder `place` by `fill(temporary folder)`, flushed and renamed; one that exists is replaced."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    fill(temporary)
+    for path in [*(p for p in temporary.rglob("*") if p.is_file()), temporary]:
+        flush(path)
+    if place.exists():
+        shutil.rmtree(place)
+    temporary.rename(place)
+    flush(place.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically and durably."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    flush(temporary)
+    temporary.replace(path)
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Force a file's, or a folder's, content to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())

@@ -1,0 +1,196 @@
+"""Collecting a step's groups: draw examples, sample what the plan asks for, score it, keep what the method selects."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from crosstrain.rollout.sampler import Completion, Prompt, Sampler, Sampling
+
+from crosstrain.errors import UserError
+from crosstrain.types import Example, Group, Method, Request, Source, State, Trajectory
+
+
+class Stream(Protocol):
+    """A named, seekable source of examples."""
+
+    def draw(self, position: int, n: int) -> tuple[list[Example], int]:
+        """`n` examples from `position` on, and the position after them."""
+        ...
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What happens to own completions cut at the token limit: scored as they are, masked, or penalised."""
+
+    rule: str = "score"
+    penalty: float = 0.0
+
+
+ScoreGroups = Callable[[list[Group]], list[Group]]
+"""Sets the rewards of the trajectories that have none yet."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What a step was given.
+
+    groups: kept by the method's select. drawn: groups before select. rewarded: the groups before select, for metrics.
+    positions: where each stream stands afterwards. prefill_tokens, generated_tokens: what sampling cost.
+    """
+
+    groups: list[Group]
+    rewarded: list[Group]
+    positions: Mapping[str, int]
+    prefill_tokens: int
+    generated_tokens: int
+
+    @property
+    def drawn(self) -> int:
+        """Groups before select."""
+        return len(self.rewarded)
+
+
+def collect(
+    method: Method,
+    state: State,
+    streams: Mapping[str, Stream],
+    positions: Mapping[str, int],
+    *,
+    batch_size: int,
+    sampler: Sampler | None,
+    sampling: Sampling,
+    rewards: ScoreGroups | None,
+    truncation: Truncation,
+    seed: int,
+    step: int,
+) -> Collected:
+    """`batch_size` groups as `method` wants them, from where the streams stand.
+
+    Groups that select drops are replaced from further draws, at most `plan.max_draws` draws in all; what a later draw collects
+    beyond batch_size is left out, so that a step never grows.
+    """
+    kept: list[Group] = []
+    rewarded: list[Group] = []
+    prefill = generated = 0
+    positions = dict(positions)
+    for _ in range(method.plan.max_draws):
+        groups: list[Group] = []
+        for stream, n in shares(method.plan.streams(state), batch_size).items():
+            if stream not in streams:
+                raise UserError(
+                    f"method {method.name} draws from a data stream {stream!r}; the recipe has {', '.join(streams)}"
+                )
+            start = positions.get(stream, 0)
+            examples, positions[stream] = streams[stream].draw(start, n)
+            for offset, example in enumerate(examples):
+                _check_brings(method, example)
+                # an example drawn twice in one step still gets random numbers of its own
+                example = replace(example, id=f"{example.id}@{start + offset}")
+                groups.append(Group(example, method.plan.start(example, state), stream))
+        groups, usage = rounds(method, state, groups, sampler, sampling, rewards, truncation, seed, step)
+        prefill, generated = prefill + usage[0], generated + usage[1]
+        rewarded += groups
+        kept += [chosen for g in groups if (chosen := method.select(g, state)) is not None]
+        if len(kept) >= batch_size:
+            break
+    return Collected(kept[:batch_size], rewarded, positions, prefill, generated)
+
+
+def rounds(
+    method: Method,
+    state: State,
+    groups: list[Group],
+    sampler: Sampler | None,
+    sampling: Sampling,
+    rewards: ScoreGroups | None,
+    truncation: Truncation,
+    seed: int,
+    step: int,
+) -> tuple[list[Group], tuple[int, int]]:
+    """Ask the plan what to sample until it asks for nothing; each round is sampled and scored for all groups together."""
+    prefill = generated = 0
+    round_index = 0
+    while True:
+        asked = [(i, request) for i, g in enumerate(groups) for request in method.plan.next(g, state)]
+        if not asked:
+            break
+        if sampler is None or rewards is None:
+            raise UserError(f"method {method.name} samples completions: the recipe needs a reward (a task, or `rewards`)")
+        prompts = [_prompt(groups[i], request, round_index) for i, request in asked]
+        answers = sampler.sample(prompts, sampling, seed=seed, step=step)
+        new: dict[int, tuple[Trajectory, ...]] = {}
+        for (i, request), prompt, completions in zip(asked, prompts, answers, strict=True):
+            prefill += len(prompt.tokens)
+            generated += sum(len(c.tokens) for c in completions)
+            new[i] = new.get(i, ()) + tuple(_trajectory(groups[i].example, request, c, step) for c in completions)
+        # a demonstration is scored with the first round's completions; only what is new is scored, and penalised, at all
+        unscored = {i: (groups[i].trajectories if round_index == 0 else ()) + t for i, t in new.items()}
+        scored = rewards([replace(groups[i], trajectories=t) for i, t in unscored.items()])
+        for i, g in zip(unscored, scored, strict=True):
+            before = () if round_index == 0 else groups[i].trajectories
+            groups[i] = replace(groups[i], trajectories=before + _penalised(g, truncation).trajectories)
+        round_index += 1
+    return groups, (prefill, generated)
+
+
+def shares(wanted: Mapping[str, float], n: int) -> dict[str, int]:
+    """`n` examples split over streams by share, largest remainders first.
+
+    >>> shares({"rl": 2, "demos": 1}, 8)
+    {'rl': 5, 'demos': 3}
+    """
+    total = sum(wanted.values())
+    exact = {stream: n * share / total for stream, share in wanted.items()}
+    counts = {stream: math.floor(x) for stream, x in exact.items()}
+    by_remainder = sorted(exact, key=lambda s: counts[s] - exact[s])
+    for stream in by_remainder[: n - sum(counts.values())]:
+        counts[stream] += 1
+    return counts
+
+
+def _prompt(group: Group, request: Request, round_index: int) -> Prompt:
+    tokens = group.example.prompt_tokens + request.prefix
+    # what makes random numbers: the example, the round and the request itself, never its neighbours
+    key = f"{group.example.id}#{round_index}#{len(request.prefix)}#{int(request.greedy)}"
+    return Prompt(tokens=tokens, n=request.n, key=key, greedy=request.greedy)
+
+
+def _trajectory(example: Example, request: Request, completion: Completion, step: int) -> Trajectory:
+    given = len(example.prompt_tokens)
+    source = (Source.PROMPT,) * given + (Source.EXPERT,) * len(request.prefix) + (Source.POLICY,) * len(completion.tokens)
+    unknown = (math.nan,) * (given + len(request.prefix))
+    return Trajectory(
+        tokens=example.prompt_tokens + request.prefix + tuple(completion.tokens),
+        source=source,
+        behaviour_logp=unknown + tuple(completion.logp),
+        policy_version=step,
+        finished=completion.finished,
+    )
+
+
+def _penalised(group: Group, truncation: Truncation) -> Group:
+    def penalise(t: Trajectory) -> Trajectory:
+        if truncation.rule != "penalise" or t.finished or t.reward is None or not t.wrote(Source.POLICY):
+            return t
+        return replace(t, reward=t.reward - truncation.penalty)
+
+    return replace(group, trajectories=tuple(penalise(t) for t in group.trajectories))
+
+
+def _check_brings(method: Method, example: Example) -> None:
+    needs = method.plan.needs_expert
+    has = len(example.expert)
+    if needs == "pair" and has != 2:
+        raise UserError(f"{example.where}: method {method.name} needs `chosen` and `rejected`; the row has neither")
+    if needs == "demonstration" and has != 1:
+        raise UserError(f"{example.where}: method {method.name} needs one demonstration (`completion`); the row has {has}")
+    if needs == "label" and (has != 1 or example.expert[0].reward is None):
+        raise UserError(f"{example.where}: method {method.name} needs `completion` and `label`")
+
+
+def missing_rewards(groups: Sequence[Group]) -> int:
+    """How many own trajectories have no reward."""
+    return sum(t.reward is None for g in groups for t in g.by(Source.POLICY))

@@ -1,0 +1,306 @@
+"""The one training loop: SFT, preference optimisation, RL and every hybrid run through `train_stage`.
+
+    collect -> select -> columns -> advantage -> for each inner update: count -> score -> terms -> backward -> step -> record
+
+It knows no method: what differs between methods is data (their plan, select, advantage and terms).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from crosstrain.rollout.sampler import Sampler, Sampling
+from torch import Tensor
+
+from crosstrain.errors import UserError
+from crosstrain.objective.reduce import count, term_loss
+from crosstrain.objective.schedules import learning_rate_factor
+from crosstrain.training.batching import cut, distinct_tokens, to_batch, with_advantage
+from crosstrain.training.collect import Collected, ScoreGroups, Stream, Truncation, collect
+from crosstrain.training.cost import Cost
+from crosstrain.training.metrics import Meter, merge, rollout_metrics
+from crosstrain.training.optimizer import Optimizer
+from crosstrain.training.score import CHANNELS, Layout, score
+from crosstrain.types import Batch, Group, Method, Scores, Source, State
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient was NaN or infinite; the message names the step, the term and the examples."""
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """One stage's numbers, as the recipe has them."""
+
+    batch_size: int
+    learning_rate: float
+    lr_scheduler_type: str = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    max_steps: int | None = None
+    budget_unit: str | None = None
+    budget_amount: float = math.inf
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What a stage runs on: the model and everything around it that no step changes."""
+
+    model: Any
+    parameters: int
+    layout: Layout
+    device: torch.device
+    streams: Mapping[str, Stream]
+    sampler: Sampler | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    rewards: ScoreGroups | None = None
+    truncation: Truncation = field(default_factory=Truncation)
+    micro_batch_tokens: int = 4096
+    seed: int = 0
+    reference: Callable[[], AbstractContextManager[Any]] | None = None
+
+
+@dataclass
+class Progress:
+    """Where a run stands; everything here is in a checkpoint.
+
+    step: collected batches of the whole run. stage_step: of this stage. optimizer_steps: AdamW steps of this stage.
+    skipped: steps in which every term was empty. stage_cost: what had been spent when the stage began.
+    """
+
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    optimizer_steps: int = 0
+    skipped: int = 0
+    positions: dict[str, int] = field(default_factory=dict)
+    state: State = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
+    stage_cost: Cost = field(default_factory=Cost)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step did: its metrics line and the groups it trained on."""
+
+    metrics: Mapping[str, float]
+    groups: list[Group]
+
+
+def stage_progress(settings: StageSettings, progress: Progress) -> float:
+    """Share of the stage that is done, 0 to 1: by steps or by budget, whichever is further."""
+    by_steps = progress.stage_step / settings.max_steps if settings.max_steps else 0.0
+    by_budget = 0.0
+    if settings.budget_unit is not None:
+        spent = getattr(progress.cost, settings.budget_unit) - getattr(progress.stage_cost, settings.budget_unit)
+        by_budget = spent / settings.budget_amount
+    return max(by_steps, by_budget)
+
+
+def train_stage(
+    engine: Engine, method: Method, settings: StageSettings, optimizer: Optimizer, progress: Progress
+) -> Iterator[Step]:
+    """Run a stage to its end, one step per item; `progress` is at a step boundary whenever an item is out.
+
+    Raises NonFinite when a loss or gradient is not a number, UserError when data or rewards cannot serve the method.
+    """
+    while stage_progress(settings, progress) < 1.0:
+        started = time.perf_counter()
+        torch.manual_seed(_step_seed(engine.seed, progress.step))  # dropout depends on (seed, step), not on history
+        engine.model.eval()
+        collected = collect(
+            method,
+            progress.state,
+            engine.streams,
+            progress.positions,
+            batch_size=settings.batch_size,
+            sampler=engine.sampler,
+            sampling=engine.sampling,
+            rewards=engine.rewards,
+            truncation=engine.truncation,
+            seed=engine.seed,
+            step=progress.step,
+        )
+        cost = progress.cost.sampled(collected.prefill_tokens, collected.generated_tokens, engine.parameters)
+        lines: list[Mapping[str, float]] = []
+        if collected.groups:
+            batch = to_batch(collected.groups, step=progress.optimizer_steps, mask_truncated=engine.truncation.rule == "mask")
+            batch, cost = add_columns(engine, method, batch.to(engine.device), cost)
+            batch = with_advantage(batch, method.advantage(batch))
+            for minibatch in minibatches(batch, method, engine.seed, progress.step):
+                factor = learning_rate_factor(
+                    settings.lr_scheduler_type,
+                    stage_progress(settings, progress),
+                    progress.optimizer_steps,
+                    settings.warmup_steps,
+                )
+                learning_rate = settings.learning_rate * factor
+                line = update(engine, method, minibatch, optimizer, settings, learning_rate, progress, collected)
+                cost = cost.forward_backward(distinct_tokens(minibatch), engine.parameters)
+                if line is not None:
+                    lines.append(line)
+                    progress.optimizer_steps += 1
+        cost = cost.used_demonstrations(sum(len(g.by(Source.EXPERT)) for g in collected.groups) * method.updates.epochs)
+        progress.skipped += not lines
+        metrics = {**merge(lines), **rollout_metrics(collected.rewarded)}
+        metrics["frac_groups_dropped"] = 1 - len(collected.groups) / collected.drawn
+        metrics["step_time"] = time.perf_counter() - started
+        progress.state = method.update(progress.state, metrics)
+        progress.positions = dict(collected.positions)
+        progress.cost = cost.took(metrics["step_time"])
+        progress.step += 1
+        progress.stage_step += 1
+        yield Step({**metrics, "skipped_steps": float(progress.skipped), **progress.cost.as_metrics()}, collected.groups)
+
+
+def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tuple[Batch, Cost]:
+    """The batch with every no-gradient column the method needs, and what computing them cost.
+
+    `old_logp` is made only when the batch is used more than once: with one update it equals the current policy by construction.
+    """
+    tokens = distinct_tokens(batch)
+    if "old_logp" in method.needs and method.updates.steps > 1:
+        batch = batch.with_columns(old_logp=no_grad_scores(engine, method, batch).logp)
+        cost = cost.forward(tokens, engine.parameters)
+    if "ref_logp" in method.needs:
+        if engine.reference is None:
+            raise UserError(f"method {method.name} compares with a reference model, and none was set up")
+        with engine.reference() as model:
+            batch = batch.with_columns(ref_logp=no_grad_scores(replace(engine, model=model), method, batch).logp)
+        cost = cost.forward(tokens, engine.parameters)
+    for name, build in method.columns.items():
+        batch = batch.with_columns(**{name: build(lambda b: no_grad_scores(engine, method, b), batch)})
+        cost = cost.forward(tokens, engine.parameters)
+    missing = method.needs - set(batch.columns) - set(CHANNELS) - {"old_logp"}
+    if missing:
+        raise UserError(f"method {method.name} reads {', '.join(sorted(missing))}, which nothing provides")
+    return batch, cost
+
+
+@torch.no_grad()
+def no_grad_scores(engine: Engine, method: Method, batch: Batch) -> Scores:
+    """The model's log-probs of a whole batch, in micro-batches, without gradient."""
+    logp = torch.zeros(batch.tokens.shape, device=engine.device)
+    for index in cut(batch, engine.micro_batch_tokens, "token", shared=engine.layout == "shared"):
+        rows = index.to(engine.device)
+        part = score(engine.model, batch.rows(rows), temperature=_temperature(engine, method), layout=engine.layout).logp
+        logp = logp.to(part.dtype)
+        logp[rows] = part
+    return Scores(logp)
+
+
+def minibatches(batch: Batch, method: Method, seed: int, step: int) -> Iterator[Batch]:
+    """The batch cut by group into the method's inner updates; each epoch shuffles anew, keyed by (seed, step, epoch)."""
+    if method.updates.steps == 1:
+        yield batch
+        return
+    groups = torch.unique(batch.group)
+    for epoch in range(method.updates.epochs):
+        generator = torch.Generator().manual_seed(_step_seed(seed, step) + epoch)
+        order = groups[torch.randperm(len(groups), generator=generator).to(groups.device)]
+        for part in order.chunk(method.updates.minibatches):
+            yield batch.rows(torch.nonzero(torch.isin(batch.group, part)).flatten())
+
+
+def update(
+    engine: Engine,
+    method: Method,
+    batch: Batch,
+    optimizer: Optimizer,
+    settings: StageSettings,
+    learning_rate: float,
+    progress: Progress,
+    collected: Collected,
+) -> dict[str, float] | None:
+    """One optimizer step on a batch: its metrics, or None when every term is empty (Adam's momentum must not move weights)."""
+    groups = len(torch.unique(batch.group))
+    before = round(groups * collected.drawn / max(len(collected.groups), 1))
+    batch = replace(batch, step=progress.optimizer_steps)
+    counts = count(method.terms, batch, groups=groups, groups_before_select=before)
+    if not any(counts.values()):
+        return None
+    engine.model.train()
+    optimizer.zero_grad()
+    meter = Meter()
+    unit = "group" if any(t.unit == "group" for t in method.terms) else "token"
+    for index in cut(batch, engine.micro_batch_tokens, unit, shared=engine.layout == "shared"):
+        backward(engine, method, batch.rows(index.to(engine.device)), counts, meter)
+    if method.grad_mask is not None:
+        optimizer.freeze(method.grad_mask(progress.state))
+    grad_norm = optimizer.clip(settings.max_grad_norm)
+    if not math.isfinite(grad_norm):
+        raise NonFinite(f"step {progress.step}: the gradient norm is {grad_norm}; examples: {_names(batch)}")
+    optimizer.step(learning_rate)
+    clipped = float(settings.max_grad_norm > 0 and grad_norm > settings.max_grad_norm)
+    return {**meter.metrics(), "grad_norm": grad_norm, "grad_clipped": clipped, "learning_rate": learning_rate}
+
+
+def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, float], meter: Meter) -> None:
+    """Score a micro-batch, add up the gradient of every term, and read off the weight each token got.
+
+    Terms see the model only through the channels of `scores`. So each term's gradient is taken on the channels first (which is
+    the negative weight of every token), and the model's backward runs once, on their sum.
+    """
+    watched = {"entropy": _watched_entropy, "correct": _correct}
+    channels = {name: CHANNELS[name] for name in method.needs if name in CHANNELS}
+    scores = score(
+        engine.model,
+        batch,
+        channels={**watched, **channels},
+        temperature=_temperature(engine, method),
+        layout=engine.layout,
+        embed=method.embed,
+    )
+    inputs = [scores.logp, *(scores.channels[name] for name in channels)]
+    gradients: list[Tensor] = [torch.zeros_like(x) for x in inputs]
+    used = torch.zeros_like(batch.trained)
+    policy_weights = torch.zeros_like(scores.logp)
+    logp = scores.logp.detach()
+    for term in method.terms:
+        part = term_loss(term, scores, batch, counts)
+        if part is None:
+            continue
+        if not torch.isfinite(part.loss) or not math.isfinite(part.logged):
+            raise NonFinite(f"loss/{term.name} is {part.logged}; examples: {_names(batch)}")
+        found = torch.autograd.grad(part.loss, inputs, allow_unused=True, retain_graph=True)
+        for total, gradient in zip(gradients, found, strict=True):
+            if gradient is not None:
+                total += gradient
+        used |= term.on(batch)
+        meter.add_loss(term.name, part.logged)
+        if found[0] is not None:
+            meter.add_weights(term.name, -found[0], batch)
+            policy_weights += found[0]
+    torch.autograd.backward(inputs, gradients)
+    meter.add_scores(batch, logp, scores.channels["entropy"].detach(), scores.channels["correct"], used)
+    if "old_logp" in batch.columns:
+        meter.add_clipped(batch, policy_weights, used)
+    if any("pairs" in t.per.counts for t in method.terms):
+        meter.add_pairs(batch, logp, used, float(method.settings.get("beta", 1.0)))
+
+
+def _temperature(engine: Engine, method: Method) -> float:
+    """Methods that sample train the distribution they sample from; imitation is at temperature 1."""
+    return (engine.sampling.temperature or 1.0) if method.plan.samples else 1.0
+
+
+def _watched_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return CHANNELS["entropy"](logits.detach(), targets)
+
+
+def _correct(logits: Tensor, targets: Tensor) -> Tensor:
+    return (logits.detach().argmax(dim=1) == targets).to(logits.dtype)
+
+
+def _names(batch: Batch) -> str:
+    return ", ".join(dict.fromkeys(batch.example_ids))
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return (seed * 1_000_003 + step) % (2**63)

@@ -1,0 +1,138 @@
+"""What a step is logged as, under TRL's metric names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from crosstrain.types import Batch, Group, Source
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Rewards and completion lengths of a step's groups as collected; empty without own completions.
+
+    reward, reward_std: mean over completions, and mean over groups of the std with n - 1. frac_reward_zero_std: share of groups
+    whose rewards are all equal. rewards/missing: completions without a reward.
+    """
+    own = [t for g in groups for t in g.by(Source.POLICY)]
+    if not own:
+        return {}
+    rewards = [[t.reward for t in g.by(Source.POLICY) if t.reward is not None] for g in groups]
+    known = [r for group in rewards for r in group]
+    stds = [float(torch.tensor(r).std()) for r in rewards if len(r) > 1]
+    lengths = [sum(s == Source.POLICY for s in t.source) for t in own]
+    metrics = {
+        "reward": _mean(known),
+        "reward_std": _mean(stds),
+        "frac_reward_zero_std": _mean([float(s == 0) for s in stds]),
+        "rewards/missing": float(sum(t.reward is None for t in own)),
+        "completions/mean_length": _mean(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": _mean([float(not t.finished) for t in own]),
+    }
+    for name in sorted({name for t in own for name in t.rewards}):
+        values = [t.rewards[name] for t in own if name in t.rewards and not math.isnan(t.rewards[name])]
+        metrics[f"rewards/{name}/mean"] = _mean(values)
+    return metrics
+
+
+class Meter:
+    """Sums over the micro-batches of an optimizer step; `metrics` turns them into the step's line."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.weights: dict[tuple[str, str], float] = {}
+        self.losses: dict[str, float] = {}
+
+    def add_loss(self, term: str, value: float) -> None:
+        """A term's logged loss on a micro-batch, already divided by the step's count."""
+        self.losses[term] = self.losses.get(term, 0.0) + value
+
+    def add_weights(self, term: str, weights: Tensor, batch: Batch) -> None:
+        """|weight| that a term gave to the tokens of each source."""
+        for source in (Source.EXPERT, Source.POLICY, Source.TOOL):
+            total = float(weights.abs()[batch.source == int(source)].sum())
+            if total:
+                key = (term, source.name.lower())
+                self.weights[key] = self.weights.get(key, 0.0) + total
+
+    def add_scores(self, batch: Batch, logp: Tensor, entropy: Tensor, correct: Tensor, used: Tensor) -> None:
+        """Token statistics of a micro-batch; `used` [B, T] bool marks tokens that any term is on."""
+        self._add("tokens", float(used.sum()))
+        self._add("entropy", float(entropy[used].sum()))
+        self._add("correct", float(correct[used].sum()))
+        for source in (Source.EXPERT, Source.POLICY):
+            mask = used & (batch.source == int(source))
+            self._add(f"tokens/{source.name}", float(mask.sum()))
+            self._add(f"logp/{source.name}", float(logp[mask].sum()))
+        if "behaviour_logp" in batch.columns:
+            known = used & ~torch.isnan(batch.columns["behaviour_logp"])
+            gap = (logp - batch.columns["behaviour_logp"])[known].abs()
+            self._add("mismatch_tokens", float(known.sum()))
+            self._add("mismatch", float(gap.sum()))
+        if "ref_logp" in batch.columns:
+            d = (logp - batch.columns["ref_logp"])[used]
+            self._add("kl", float((torch.exp(-d) - 1 + d).sum()))
+            self._add("kl_tokens", float(used.sum()))
+
+    def add_clipped(self, batch: Batch, weights: Tensor, used: Tensor) -> None:
+        """Tokens with an advantage whose gradient a gate closed."""
+        live = used & (batch.source == int(Source.POLICY)) & (batch.advantage != 0)
+        self._add("live_tokens", float(live.sum()))
+        self._add("clipped_tokens", float((live & (weights == 0)).sum()))
+
+    def add_pairs(self, batch: Batch, logp: Tensor, used: Tensor, beta: float) -> None:
+        """DPO's rewards: beta times how far each answer moved from the reference."""
+        better, worse = batch.pairs()
+        totals = torch.where(used, logp, torch.zeros_like(logp)).sum(dim=1)
+        reference = torch.where(used, batch.columns["ref_logp"], torch.zeros_like(logp)).sum(dim=1)
+        reward = beta * (totals - reference)
+        self._add("pairs", float(len(better)))
+        self._add("rewards/chosen", float(reward[better].sum()))
+        self._add("rewards/rejected", float(reward[worse].sum()))
+        self._add("rewards/accuracies", float((reward[better] > reward[worse]).sum()))
+        self._add("logps/chosen", float(totals[better].sum()))
+        self._add("logps/rejected", float(totals[worse].sum()))
+
+    def metrics(self) -> dict[str, float]:
+        """The step's entries; a quantity nothing contributed to is left out."""
+        result = {"loss": sum(self.losses.values())}
+        result |= {f"loss/{term}": value for term, value in self.losses.items()} if len(self.losses) > 1 else {}
+        total = sum(self.weights.values())
+        result |= {f"weight_share/{t}/{s}": w / total for (t, s), w in sorted(self.weights.items())} if total else {}
+        sums = self.sums
+        for name, value, count in (
+            ("entropy", "entropy", "tokens"),
+            ("mean_token_accuracy", "correct", "tokens"),
+            ("logps/expert", "logp/EXPERT", "tokens/EXPERT"),
+            ("logps/policy", "logp/POLICY", "tokens/POLICY"),
+            ("sampling/sampling_logp_difference/mean", "mismatch", "mismatch_tokens"),
+            ("kl", "kl", "kl_tokens"),
+            ("clip_ratio/region_mean", "clipped_tokens", "live_tokens"),
+            *((name, name, "pairs") for name in _PAIR_METRICS),
+        ):
+            if sums.get(count):
+                result[name] = sums.get(value, 0.0) / sums[count]
+        if "rewards/chosen" in result:
+            result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]
+        return result
+
+    def _add(self, name: str, value: float) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + value
+
+
+_PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")
+
+
+def merge(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each entry over a collected batch's inner updates."""
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    return {name: _mean([line[name] for line in lines if name in line]) for name in names}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,128 @@
+"""AdamW under a declared precision policy.
+
+fp32: weights, gradients and moments in fp32. mixed: the model computes in bf16 with a copy of fp32 master weights; gradients
+of every micro-batch are added up in fp32. bf16: weights and moments are bf16 themselves (small updates round away).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Precision = Literal["fp32", "mixed", "bf16"]
+
+
+class Optimizer:
+    """AdamW over a model's trainable parameters, holding the master weights where the policy asks for them.
+
+    After construction the model computes in the policy's dtype. `step` returns the gradient norm before clipping.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        precision: Precision,
+        *,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self.model = model
+        self.precision = precision
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.masters: dict[str, Tensor] = dict(self.trainable)
+        if precision == "mixed":
+            # a model that already computes in bf16 has masters made from those weights
+            self.masters = {name: p.detach().float().clone() for name, p in self.trainable.items()}
+        if precision in ("mixed", "bf16"):
+            cast_parameters(model, torch.bfloat16)
+        if precision == "mixed":
+            for name, p in self.trainable.items():
+                p.register_post_accumulate_grad_hook(_add_to(self.masters[name]))
+        self._adamw(weight_decay, betas, eps)
+
+    def _adamw(self, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
+        # as the HF Trainer does: matrices decay, biases and norm weights do not
+        decayed = [m for m in self.masters.values() if m.ndim >= 2]
+        rest = [m for m in self.masters.values() if m.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for p in (*self.trainable.values(), *self.masters.values()):
+            p.grad = None
+
+    def freeze(self, frozen: Callable[[str], bool]) -> None:
+        """Drop the gradients of parameters for which `frozen(name)` holds, so that this step leaves them alone."""
+        for name, master in self.masters.items():
+            if frozen(name):
+                master.grad = None
+
+    def clip(self, max_grad_norm: float) -> float:
+        """Scale the gradient down to at most `max_grad_norm` (0: never) and return its norm before that."""
+        params = [m for m in self.masters.values() if m.grad is not None]
+        limit = max_grad_norm if max_grad_norm > 0 else float("inf")
+        return float(nn.utils.clip_grad_norm_(params, limit))
+
+    def step(self, learning_rate: float) -> None:
+        """One AdamW step at `learning_rate`, written back to the computing weights."""
+        for group in self.adamw.param_groups:
+            group["lr"] = learning_rate
+        self.adamw.step()
+        self._write_back()
+        self.zero_grad()
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        if self.precision == "mixed":
+            for name, p in self.trainable.items():
+                p.copy_(self.masters[name])
+
+    def weights(self) -> dict[str, Tensor]:
+        """The trained weights at full precision, by parameter name."""
+        return {name: m.detach() for name, m in self.masters.items()}
+
+    def moments(self) -> dict[str, Tensor]:
+        """AdamW's state as `<parameter>/<quantity>` tensors; empty before the first step."""
+        names = {id(m): name for name, m in self.masters.items()}
+        return {
+            f"{names[id(m)]}/{quantity}": value for m, state in self.adamw.state.items() for quantity, value in state.items()
+        }
+
+    @torch.no_grad()
+    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        """Put back what `weights` and `moments` gave, exactly."""
+        for name, master in self.masters.items():
+            master.copy_(weights[name])
+        self._write_back()
+        self.adamw.state.clear()
+        for key, value in moments.items():
+            name, _, quantity = key.rpartition("/")
+            self.adamw.state.setdefault(self.masters[name], {})[quantity] = value.clone()
+
+    def restart(self) -> None:
+        """Forget the moments, keep the weights (a stage that starts afresh)."""
+        self.adamw.state.clear()
+
+
+def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a model's parameters in place, and nothing else: rotary frequencies are buffers that must stay fp32."""
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.data = p.data.to(dtype)
+
+
+def _add_to(master: Tensor) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if master.grad is None:
+            master.grad = parameter.grad.float()
+        else:
+            master.grad += parameter.grad
+        parameter.grad = None
+
+    return hook

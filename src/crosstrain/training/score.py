@@ -1,0 +1,233 @@
+"""`score`: a batch of trajectories to per-token statistics of a model, with gradient.
+
+The only place that knows how sequences are laid out for the model. A prompt shared by the trajectories of a group is
+computed once: the group becomes one line `prompt, response 1, response 2, ...` in which every response sees the prompt and
+itself, at the positions it would have alone. The head runs only at positions that predict a trained token, in chunks, in
+at least fp32; logits of prompt tokens never exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from crosstrain.head import head_logits
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from crosstrain.training.batching import cut, to_batch
+from crosstrain.types import Batch, Example, Group, Scores, Source, Trajectory
+
+Layout = Literal["shared", "plain"]
+
+Channel = Callable[[Tensor, Tensor], Tensor]
+"""A full-vocabulary functional: (logits [M, V] in at least fp32, targets [M]) -> [M], with gradient."""
+
+HEAD_CHUNK = 512
+"""Positions whose logits exist at once: 512 x 49,152 in fp32 are 100 MB."""
+
+
+def entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Entropy in nats of the next-token distribution, [M]."""
+    logp = torch.log_softmax(logits, dim=-1)
+    return -(logp.exp() * logp).sum(dim=-1)
+
+
+CHANNELS: Mapping[str, Channel] = {"entropy": entropy}
+
+
+@dataclass(frozen=True)
+class Lines:
+    """How a batch is laid out for the model.
+
+    tokens, positions: [N, L]. mask: [N, 1, L, L] bool, who sees whom, or None for plain causal lines.
+    line, place: [M], where the hidden state that predicts each scored token is. row, column: [M], where its log-prob belongs.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    mask: Tensor | None
+    line: Tensor
+    place: Tensor
+    row: Tensor
+    column: Tensor
+
+
+def score(
+    model: Any,
+    batch: Batch,
+    *,
+    channels: Mapping[str, Channel] | None = None,
+    temperature: float = 1.0,
+    layout: Layout = "shared",
+    embed: Callable[[Tensor, Batch], Tensor] | None = None,
+    value_head: Callable[[Tensor], Tensor] | None = None,
+) -> Scores:
+    """Log-probs in nats of every trained token of `batch`, [B, T], and the asked channels; 0 where nothing is trained.
+
+    temperature: logits are divided by it first (as the sampler does). layout: "shared" computes a group's common prompt once
+    and needs a model that accepts a custom attention mask; "plain" runs one line per sequence. embed: changes the input
+    embeddings. value_head: hidden states [M, D] -> [M]; its result is the channel `value`, the state before each token.
+    """
+    lines = lay_out(batch, layout)
+    hidden = _hidden_states(model, lines, batch, embed)[lines.line, lines.place]
+    targets = batch.tokens[lines.row, lines.column]
+    flat = _head(model, hidden, targets, channels or {}, temperature)
+    if value_head is not None:
+        flat["value"] = value_head(hidden)
+    rectangles = {name: _rectangle(values, lines, batch) for name, values in flat.items()}
+    return Scores(rectangles.pop("logp"), rectangles)
+
+
+def trajectory_logps(
+    model: Any,
+    trajectories: Sequence[Trajectory],
+    *,
+    tokens_per_micro_batch: int = 4096,
+    temperature: float = 1.0,
+    layout: Layout = "shared",
+) -> list[Tensor]:
+    """The log-prob of each token of each trajectory, without gradient: one [T_i] tensor each, 0 on prompt tokens.
+
+    Trajectories with the same prompt are computed as one group, so that their prompt is computed once.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, t in enumerate(trajectories):
+        groups.setdefault(t.tokens[: t.response_start], []).append(i)
+    order = [i for members in groups.values() for i in members]
+    if not order:
+        return []
+    batch = to_batch([Group(Example("", "", p), tuple(trajectories[i] for i in m)) for p, m in groups.items()])
+    result: list[Tensor] = [torch.empty(0)] * len(trajectories)
+    with torch.no_grad():
+        for index in cut(batch, tokens_per_micro_batch, "token", shared=layout == "shared"):
+            logp = score(model, batch.rows(index), temperature=temperature, layout=layout).logp
+            for values, row in zip(logp, index.tolist(), strict=True):
+                result[order[row]] = values[: int(batch.length[row])].float()
+    return result
+
+
+def lay_out(batch: Batch, layout: Layout) -> Lines:
+    """Where every token of `batch` goes in the model's input; the rows of a group need not be neighbours."""
+    if layout == "plain":
+        groups = [[r] for r in range(len(batch))]
+    else:
+        members: dict[int, list[int]] = {}
+        for r, g in enumerate(batch.group.tolist()):
+            members.setdefault(g, []).append(r)
+        groups = list(members.values())
+    tokens, positions, branch = [], [], []
+    line, place, row, column = [], [], [], []
+    for n, rows in enumerate(groups):
+        prompt = int(batch.prompt_length[rows[0]])
+        tokens.append([batch.tokens[rows[0], :prompt]])
+        positions.append([torch.arange(prompt)])
+        branch.append([torch.zeros(prompt, dtype=torch.long)])
+        start = prompt
+        for b, r in enumerate(rows):
+            length = int(batch.length[r])
+            tokens[n].append(batch.tokens[r, prompt:length])
+            positions[n].append(torch.arange(prompt, length))
+            branch[n].append(torch.full((length - prompt,), b + 1))
+            at = torch.nonzero(batch.trained[r]).flatten()
+            # the token before the first of a response is the prompt's last; all others have theirs just before them
+            before = torch.where(at <= prompt, at - 1, start + (at - prompt) - 1)
+            line.append(torch.full_like(at, n))
+            place.append(before)
+            row.append(torch.full_like(at, r))
+            column.append(at)
+            start += length - prompt
+    padded = torch.nn.utils.rnn.pad_sequence
+    tokens_NL = padded([torch.cat(t).cpu() for t in tokens], batch_first=True)
+    positions_NL = padded([torch.cat(p) for p in positions], batch_first=True)
+    mask = None
+    if any(len(rows) > 1 for rows in groups):
+        branch_NL = padded([torch.cat(b) for b in branch], batch_first=True, padding_value=-1)
+        mask = _tree_mask(branch_NL)
+    device = batch.tokens.device
+    flat = [torch.cat(parts).to(device) if parts else torch.zeros(0, dtype=torch.long) for parts in (line, place, row, column)]
+    return Lines(tokens_NL.to(device), positions_NL.to(device), None if mask is None else mask.to(device), *flat)
+
+
+def _tree_mask(branch: Tensor) -> Tensor:
+    """[N, 1, L, L] bool: a token sees earlier tokens of the prompt (branch 0) and of its own branch; padding (-1) sees itself."""
+    length = branch.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    same = branch[:, :, None] == branch[:, None, :]
+    prompt = (branch == 0)[:, None, :]
+    return ((same | prompt) & causal)[:, None]
+
+
+def _hidden_states(model: Any, lines: Lines, batch: Batch, embed: Callable[[Tensor, Batch], Tensor] | None) -> Tensor:
+    """The decoder's last hidden states, [N, L, D]."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    inputs: dict[str, Any] = {"use_cache": False}
+    if embed is None:
+        inputs["input_ids"] = lines.tokens
+    else:
+        inputs["inputs_embeds"] = embed(model.get_input_embeddings()(lines.tokens), batch)
+    if lines.mask is not None:
+        # padding only ever sees itself and comes last, so plain causal lines need no mask
+        inputs["attention_mask"] = _mask_for(model, lines.mask)
+        inputs["position_ids"] = lines.positions
+    return decoder(**inputs).last_hidden_state  # type: ignore[no-any-return]
+
+
+def _mask_for(model: Any, mask: Tensor) -> Tensor:
+    """Eager attention adds its mask to the scores, SDPA takes it as booleans."""
+    if model.config._attn_implementation != "eager":
+        return mask
+    dtype = next(model.parameters()).dtype
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def choose_layout(model: Any) -> Layout:
+    """ "shared" when the model gives the same log-probs with a shared prompt as line by line, else "plain".
+
+    Found by trying it on three short sequences: whether an architecture honours a custom mask cannot be read off its name.
+    """
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    tokens = [(7 * i + 3) % vocabulary for i in range(8)]
+    source = (Source.PROMPT,) * 5 + (Source.POLICY,) * 3
+    trajectories = tuple(Trajectory((*tokens[:5], *(t + k for t in (1, 2, 3))), source) for k in range(3))
+    batch = to_batch([Group(Example("probe", "", ()), trajectories)])
+    batch = replace(batch, tokens=batch.tokens % vocabulary).to(next(model.parameters()).device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            plain = score(model, batch, layout="plain").logp
+            shared = score(model, batch, layout="shared").logp
+    except (TypeError, ValueError, RuntimeError):
+        return "plain"  # the architecture refuses a custom mask or positions: the plain path needs neither
+    finally:
+        model.train(training)
+    # bf16 arithmetic itself moves with the layout: the tolerance only has to tell rounding from a mask that was ignored
+    tolerance = 1e-4 if next(model.parameters()).dtype in (torch.float32, torch.float64) else 0.25
+    return "shared" if torch.allclose(plain, shared, atol=tolerance) else "plain"
+
+
+def _head(
+    model: Any, hidden: Tensor, targets: Tensor, channels: Mapping[str, Channel], temperature: float
+) -> dict[str, Tensor]:
+    """`logp` and the channels at every scored position, [M] each; chunks are recomputed in backward when there are several."""
+    names = ["logp", *channels]
+
+    def chunk(h: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        logits = head_logits(model, h) / temperature
+        logp = logits.gather(1, target[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
+        return (logp, *(channel(logits, target) for channel in channels.values()))
+
+    pieces = []
+    several = len(hidden) > HEAD_CHUNK and torch.is_grad_enabled()
+    for h, target in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+        pieces.append(checkpoint(chunk, h, target, use_reentrant=False) if several else chunk(h, target))
+    return {name: torch.cat(parts) for name, parts in zip(names, zip(*pieces, strict=True), strict=True)}
+
+
+def _rectangle(values: Tensor, lines: Lines, batch: Batch) -> Tensor:
+    """[M] values at their places in a [B, T] rectangle of zeros, with gradient."""
+    zeros = torch.zeros(batch.tokens.shape, dtype=values.dtype, device=values.device)
+    return zeros.index_put((lines.row, lines.column), values)
