@@ -54,6 +54,11 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float64, vocab_size: in
         with torch.no_grad():  # the default initialisation is nearly uniform, which hides mistakes
             for p in model.parameters():
                 p.mul_(4.0) if p.ndim >= 2 else None
+    # transformers' RMSNorm computes in fp32 whatever the model's dtype: its rounding would drown 1e-8 in fp64
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ == "LlamaRMSNorm":
+                setattr(parent, name, torch.nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
     return model.to(dtype).eval()
 
 

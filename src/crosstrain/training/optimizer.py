@@ -6,7 +6,7 @@ of every micro-batch are added up in fp32. bf16: weights and moments are bf16 th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -18,38 +18,34 @@ Precision = Literal["fp32", "mixed", "bf16"]
 class Optimizer:
     """AdamW over a model's trainable parameters, holding the master weights where the policy asks for them.
 
-    After construction the model computes in the policy's dtype. `step` returns the gradient norm before clipping.
+    After construction the model computes in the policy's dtype; `begin` sets AdamW's numbers.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        precision: Precision,
-        *,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> None:
+    def __init__(self, model: nn.Module, precision: Precision) -> None:
         self.model = model
         self.precision = precision
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = dict(self.trainable)
         if precision == "mixed":
-            # a model that already computes in bf16 has masters made from those weights
             self.masters = {name: p.detach().float().clone() for name, p in self.trainable.items()}
         if precision in ("mixed", "bf16"):
             cast_parameters(model, torch.bfloat16)
         if precision == "mixed":
             for name, p in self.trainable.items():
                 p.register_post_accumulate_grad_hook(_add_to(self.masters[name]))
-        self._adamw(weight_decay, betas, eps)
+        self.begin()
 
-    def _adamw(self, weight_decay: float, betas: tuple[float, float], eps: float) -> None:
+    def begin(
+        self, *, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, restart: bool = True
+    ) -> None:
+        """Set AdamW's numbers for a stage; `restart` forgets the moments, otherwise they are kept."""
+        kept = {} if restart else self.moments()
         # as the HF Trainer does: matrices decay, biases and norm weights do not
         decayed = [m for m in self.masters.values() if m.ndim >= 2]
         rest = [m for m in self.masters.values() if m.ndim < 2]
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
+        self._load_moments(kept)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -93,20 +89,23 @@ class Optimizer:
             f"{names[id(m)]}/{quantity}": value for m, state in self.adamw.state.items() for quantity, value in state.items()
         }
 
-    @torch.no_grad()
-    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+    def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Put back what `weights` and `moments` gave, exactly."""
+        self.set_weights(weights)
+        self.adamw.state.clear()
+        self._load_moments(moments)
+
+    @torch.no_grad()
+    def set_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Put other weights in place, moments untouched (a stage that starts from the base or the best)."""
         for name, master in self.masters.items():
             master.copy_(weights[name])
         self._write_back()
-        self.adamw.state.clear()
+
+    def _load_moments(self, moments: Mapping[str, Tensor]) -> None:
         for key, value in moments.items():
             name, _, quantity = key.rpartition("/")
-            self.adamw.state.setdefault(self.masters[name], {})[quantity] = value.clone()
-
-    def restart(self) -> None:
-        """Forget the moments, keep the weights (a stage that starts afresh)."""
-        self.adamw.state.clear()
+            self.adamw.state[self.masters[name]][quantity] = value.clone()
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:

@@ -1,0 +1,245 @@
+"""From a recipe to what the loop runs on: model, streams, sampler, rewards, methods."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from crosstrain.config import DataSpec, Recipe, Stage
+from crosstrain.data import Stream, encode, read_rows
+from crosstrain.data.rows import Row, data_hash
+from crosstrain.errors import UserError
+from crosstrain.methods import load_method
+from crosstrain.models import has_bf16_instructions, load_model
+from crosstrain.rewards import RewardPool, load_reward
+from crosstrain.rollout.sampler import Sampling
+from crosstrain.rollout.torch_sampler import TorchSampler
+from crosstrain.tasks import get_task
+from crosstrain.training.collect import Truncation
+from crosstrain.training.loop import Engine, StageSettings
+from crosstrain.training.optimizer import Precision
+from crosstrain.training.score import choose_layout
+from crosstrain.types import Example, Group, Method
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The data of a recipe: a stream of tokenized examples and the content's hash, by stream name."""
+
+    streams: Mapping[str, Stream]
+    hashes: Mapping[str, str]
+    rows: Mapping[str, int]
+    warnings: tuple[str, ...]
+
+
+def resolve_precision(recipe: Recipe, device: torch.device) -> Precision:
+    """The recipe's precision policy; auto is mixed where the hardware has bf16 instructions, else fp32."""
+    if recipe.precision == "auto":
+        return "mixed" if has_bf16_instructions(device) else "fp32"
+    return recipe.precision
+
+
+def load_base(recipe: Recipe, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """The recipe's model, before any training, and its tokenizer."""
+    spec = recipe.model
+    return load_model(
+        spec.name,
+        dtype=dtype,
+        device=device,
+        revision=spec.revision,
+        trust_remote_code=spec.trust_remote_code,
+        attn_implementation=spec.attn_implementation,
+        lora=spec.lora,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+    )
+
+
+def rows_of(name: str, spec: DataSpec) -> list[Row]:
+    """The rows of a stream: from its file, or made by its task."""
+    if spec.path is not None:
+        rows = read_rows(spec.path)
+        return rows[: spec.size] if spec.size is not None else rows
+    assert spec.task is not None
+    return get_task(spec.task, **spec.task_config).rows(spec.split, spec.size or 1024, spec.seed)
+
+
+def load_streams(recipe: Recipe, tokenizer: Any) -> Loaded:
+    """Every stream of the recipe, tokenized. UserError for a row that cannot be used, with file:row."""
+    streams, hashes, counts, warnings = {}, {}, {}, []
+    for name, spec in recipe.data.items():
+        rows = rows_of(name, spec)
+        examples = tuple(
+            encode(
+                row,
+                tokenizer,
+                id=f"{name}:{i}",
+                max_prompt_length=recipe.max_prompt_length,
+                max_length=recipe.max_length,
+                system_prompt=spec.system_prompt,
+            )
+            for i, row in enumerate(rows)
+        )
+        warnings += _look(name, examples, tokenizer)
+        streams[name] = Stream(name, examples, recipe.seed)
+        hashes[name], counts[name] = data_hash(rows), len(rows)
+    return Loaded(streams, hashes, counts, tuple(warnings))
+
+
+def _look(name: str, examples: tuple[Example, ...], tokenizer: Any) -> list[str]:
+    """Counted warnings about a stream's labels, before step 1."""
+    expert = [(e, t) for e in examples for t in e.expert]
+    cut = [e.where for e, t in expert if not t.finished]
+    endless = [e.where for e, t in expert if t.finished and t.tokens[-1] != tokenizer.eos_token_id]
+    found = []
+    if cut:
+        found.append(f"{name}: {len(cut)} of {len(expert)} answers are cut at max_length, first {cut[0]}")
+    if endless:
+        found.append(f"{name}: {len(endless)} of {len(expert)} answers do not end in the end token, first {endless[0]}")
+    return found
+
+
+def stage_method(stage: Stage) -> Method:
+    """The stage's method, made with its settings."""
+    return load_method(stage.method.name, **stage.method.settings)
+
+
+def check_data(method: Method, loaded: Loaded) -> None:
+    """Before step 1: every row brings what the method needs, or UserError with the first rows that do not."""
+    for name in method.plan.streams(method.init()):
+        if name not in loaded.streams:
+            raise UserError(
+                f"method {method.name} draws from a data stream {name!r}; the recipe has {', '.join(loaded.streams)}"
+            )
+        needs, examples = method.plan.needs_expert, loaded.streams[name].examples
+        what = {"demonstration": "a demonstration (`completion`)", "pair": "`chosen` and `rejected`", "label": "`label`"}
+        lacking = [e.where or e.id for e in examples if needs is not None and not _brings(e, needs)]
+        if lacking and needs is not None:
+            raise UserError(
+                f"method {method.name} needs {what[needs]}, which {len(lacking)} of {len(examples)} rows of {name!r} lack: "
+                f"{', '.join(lacking[:5])}"
+            )
+
+
+def _brings(example: Example, needs: str) -> bool:
+    rewards = [t.reward for t in example.expert]
+    return {
+        "demonstration": len(rewards) == 1 and rewards[0] is None,
+        "pair": len(rewards) == 2,
+        "label": len(rewards) == 1 and rewards[0] is not None,
+    }[needs]
+
+
+@contextlib.contextmanager
+def reward_scorer(recipe: Recipe, tokenizer: Any) -> Iterator[Callable[[list[Group]], list[Group]] | None]:
+    """A function that scores groups in child processes; None when the recipe has neither rewards nor a task."""
+    specs = recipe.rewards
+    tasks = [d for d in recipe.data.values() if d.task is not None]
+    if specs is None and not tasks:
+        yield None
+        return
+    names = [f.name for f in specs.functions] if specs else ["task"]
+    weights = [f.weight for f in specs.functions] if specs else [1.0]
+    functions = [_task_reward(tasks) if name == "task" else load_reward(name) for name in names]
+    options: dict[str, Any] = (
+        {"timeout_s": specs.timeout_s, "on_error": specs.on_error, "workers": specs.workers} if specs else {}
+    )
+    with RewardPool(functions, weights, **options) as pool:
+
+        def score_groups(groups: list[Group]) -> list[Group]:
+            scored, _ = pool.score(groups, lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True), score_expert=True)
+            return scored
+
+        yield score_groups
+
+
+def _task_reward(tasks: list[DataSpec]) -> Any:
+    if not tasks:
+        raise UserError("rewards: 'task' needs a data stream that comes from a task; these are files")
+    first = (tasks[0].task, tasks[0].task_config)
+    if any((t.task, t.task_config) != first for t in tasks[1:]):
+        raise UserError("rewards: streams of different tasks cannot share the reward 'task'; name a reward function instead")
+    return load_reward(f"task:{tasks[0].task}", **tasks[0].task_config)
+
+
+def make_engine(
+    recipe: Recipe, model: Any, tokenizer: Any, loaded: Loaded, rewards: Any, device: torch.device, *, samples: bool
+) -> Engine:
+    """Everything around the model that no step changes."""
+    s = recipe.sampling
+    return Engine(
+        model=model,
+        parameters=sum(p.numel() for p in model.parameters()),
+        layout=choose_layout(model),
+        device=device,
+        streams=loaded.streams,
+        sampler=TorchSampler(model, stop_token_ids=stop_tokens(model, tokenizer)) if samples else None,
+        sampling=Sampling(s.temperature, s.top_p, s.top_k, s.max_completion_length),
+        rewards=rewards,
+        truncation=Truncation(s.truncated, s.truncation_penalty),
+        micro_batch_tokens=recipe.micro_batch_tokens,
+        seed=recipe.seed,
+    )
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end a completion: the tokenizer's end token and those of the model's generation config."""
+    config = getattr(model, "generation_config", None)
+    more = config.eos_token_id if config is not None else None
+    listed = more if isinstance(more, list) else [more]
+    return tuple(sorted({i for i in (tokenizer.eos_token_id, *listed) if i is not None}))
+
+
+def stage_settings(recipe: Recipe, stage: Stage) -> StageSettings:
+    """A stage's numbers, its share of the budget among them."""
+    budget = recipe.budget
+    alone = budget is not None and len(recipe.stages) == 1 and stage.max_steps is None
+    share = stage.budget_share if stage.budget_share is not None else (1.0 if alone else None)
+    return StageSettings(
+        batch_size=stage.batch_size,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=stage.lr_scheduler_type,
+        warmup_steps=stage.warmup_steps,
+        max_grad_norm=stage.max_grad_norm,
+        max_steps=stage.max_steps,
+        budget_unit=budget.unit if budget is not None and share is not None else None,
+        budget_amount=budget.amount * share if budget is not None and share is not None else float("inf"),
+    )
+
+
+def make_reference(model: Any, lora: bool) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """The frozen model as it is now: with LoRA the same weights with the adapter off, else a copy in the computing dtype."""
+    if lora:
+
+        @contextlib.contextmanager
+        def without_adapter() -> Iterator[Any]:
+            with model.disable_adapter():
+                yield model
+
+        return without_adapter
+    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    return lambda: contextlib.nullcontext(frozen)
+
+
+def describe_method(method: Method) -> dict[str, Any]:
+    """A method as records and reports show it."""
+    return {
+        "name": method.name,
+        "paper": method.paper,
+        "settings": dict(method.settings),
+        "updates": {"epochs": method.updates.epochs, "minibatches": method.updates.minibatches},
+        "terms": [
+            {
+                "name": t.name,
+                "loss": t.describe,
+                "per": str(t.per),
+                "coef": t.coefficient(0) if not callable(t.coef) else "schedule",
+                "needs": sorted(t.needs),
+            }
+            for t in method.terms
+        ],
+    }

@@ -1,0 +1,406 @@
+"""Running a recipe: `train` from a clean start or from where it was stopped, `plan` without running, `evaluate_base`."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from crosstrain import assemble
+from crosstrain.card import model_card
+from crosstrain.config import Recipe, Stage, config_hash, load_recipe, parse
+from crosstrain.data import template_hash
+from crosstrain.errors import UserError
+from crosstrain.evaluate import BaseAnswers, evaluate_model, measure_dev
+from crosstrain.models import describe_model, resolve_device, save_model
+from crosstrain.training import checkpoint
+from crosstrain.training.checkpoint import Checkpoint, write_folder, write_json
+from crosstrain.training.cost import Cost
+from crosstrain.training.display import Display
+from crosstrain.training.loop import Engine, Progress, stage_progress, train_stage
+from crosstrain.training.optimizer import Optimizer
+from crosstrain.training.record import (
+    append_lines,
+    completion_lines,
+    cut_lines,
+    hardware,
+    peak_memory_gb,
+    read_lines,
+    versions,
+)
+from crosstrain.training.switch import Plateau
+from crosstrain.types import Method
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left: its folder, what it cost, its last metrics and its evaluation (None when nothing is set)."""
+
+    folder: Path
+    cost: Cost
+    metrics: Mapping[str, Any]
+    evaluation: Mapping[str, Any] | None
+
+
+def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+    """A recipe from itself, from a mapping with its keys, or from a YAML file."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return parse(Recipe, recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
+
+
+def train(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    output_dir: str | Path | None = None,
+    *,
+    base: BaseAnswers | None = None,
+    save_weights: bool = True,
+    display: Display | None = None,
+) -> RunResult:
+    """Run a recipe in a folder and return what it left there.
+
+    A folder with an unfinished run of the same recipe is resumed from its last checkpoint, and ends bit for bit as it would
+    have without the interruption (timings aside); a finished one is returned as it is; another recipe there is a UserError.
+    base: the untrained model's answers, for divergences (made here when the evaluation needs them and none are given).
+    save_weights: leave the trained model as a Hugging Face folder `model/`.
+    """
+    recipe = as_recipe(recipe)
+    folder = _folder(recipe, output_dir)
+    record = _open_folder(recipe, folder)
+    if record.get("status") == "finished":
+        return _result(folder, record)
+    run = _Run(recipe, folder, record, display or Display(), base)
+    return run.to_the_end(save_weights)
+
+
+class _Run:
+    """One run from opening its folder to its end; `train` makes it, nothing else does."""
+
+    def __init__(
+        self, recipe: Recipe, folder: Path, record: dict[str, Any], display: Display, base: BaseAnswers | None
+    ) -> None:
+        self.recipe, self.folder, self.record, self.display, self.base = recipe, folder, record, display, base
+        self.device = resolve_device(recipe.device)
+        self.methods = [assemble.stage_method(stage) for stage in recipe.stages]
+        self.model, self.tokenizer = assemble.load_base(recipe, self.device)
+        self.loaded = assemble.load_streams(recipe, self.tokenizer)
+        for method in self.methods:
+            assemble.check_data(method, self.loaded)
+        self.precision = assemble.resolve_precision(recipe, self.device)
+        self.optimizer = Optimizer(self.model, self.precision)
+        self.progress = Progress()
+        self.plateau = Plateau()
+        self.best: dict[str, Any] = {}
+        self.started = False
+
+    def to_the_end(self, save_weights: bool) -> RunResult:
+        samples = any(m.plan.samples for m in self.methods)
+        with assemble.reward_scorer(self.recipe, self.tokenizer) as rewards:
+            engine = assemble.make_engine(
+                self.recipe, self.model, self.tokenizer, self.loaded, rewards, self.device, samples=samples
+            )
+            self._note_start(engine)
+            base_reference = self._reference("base")
+            self._resume()
+            self.display.start(self.folder.name, self._done())
+            try:
+                while self.progress.stage < len(self.recipe.stages):
+                    self._stage(engine, base_reference)
+            finally:
+                self.display.finish()
+        if self.best:
+            self.optimizer.set_weights(load_file(self.folder / "best" / "weights.safetensors"))
+        evaluation = self._evaluate()
+        if save_weights:
+            card = model_card(self.recipe, self.record, self.progress.cost, evaluation)
+            save_model(self.model, self.tokenizer, self.folder / "model", card)
+        return self._finish(evaluation)
+
+    def _stage(self, engine: Engine, base_reference: Any) -> None:
+        stage, method = self.recipe.stages[self.progress.stage], self.methods[self.progress.stage]
+        settings = assemble.stage_settings(self.recipe, stage)
+        if not self.started:
+            self._begin(stage, method)
+        reference = base_reference
+        if "ref_logp" in method.needs and method.reference == "stage_start" and self.progress.stage > 0:
+            reference = self._stage_start_reference()
+        engine = replace(engine, reference=reference)
+        why = "max_steps" if settings.max_steps else "budget"
+        lines: list[dict[str, Any]] = []
+        for step in train_stage(engine, method, settings, self.optimizer, self.progress):
+            line = {"step": self.progress.step, "stage": self.progress.stage, "method": method.name, **step.metrics}
+            line["epoch"] = self._epoch()
+            line |= self._measure_dev()
+            self._keep_best(line)
+            if self.progress.step % self.recipe.logging_steps == 0:
+                append_lines(self.folder / "metrics.jsonl", [line])
+                if self.recipe.log_completions and method.plan.samples:
+                    lines = completion_lines(self.progress.step, step.groups, self.tokenizer.decode)
+                    append_lines(self.folder / "completions.jsonl", lines)
+            self.display.step(self._done(), line)
+            if self.progress.stage_step == 1 and line.get("frac_reward_zero_std") == 1.0:
+                self._warn(
+                    f"step {self.progress.step}: all rewards are equal within every group; nothing can be learned from them"
+                )
+            if stage.until is not None and self._look(stage, line):
+                why = f"plateau of {stage.until.metric}"
+                break
+            if self.progress.step % self.recipe.save.save_steps == 0:
+                self._save()
+        self.record["stages"].append({"method": method.name, "steps": self.progress.stage_step, "ended_by": why})
+        self.progress.stage += 1
+        self.started = False
+        self._save()
+
+    def _begin(self, stage: Stage, method: Method) -> None:
+        """A stage's boundary: which weights, moments and schedule it starts with, and what it remembers."""
+        first = self.progress.stage == 0
+        if stage.init_from == "base" and not first:
+            fresh, _ = assemble.load_base(self.recipe, self.device)
+            weights = {n: p.detach() for n, p in fresh.named_parameters() if n in self.optimizer.masters}
+            self.optimizer.set_weights(weights)
+        if stage.init_from == "best":
+            if not self.best:
+                raise UserError(f"stage {self.progress.stage}: init_from 'best', but no best checkpoint was kept before it")
+            self.optimizer.set_weights(load_file(self.folder / "best" / "weights.safetensors"))
+        self.optimizer.begin(
+            weight_decay=stage.weight_decay,
+            betas=(stage.adam_beta1, stage.adam_beta2),
+            eps=stage.adam_epsilon,
+            restart=stage.restart_optimizer or first,
+        )
+        if stage.restart_schedule:
+            self.progress.optimizer_steps = 0
+        self.progress.stage_step = 0
+        self.progress.stage_cost = self.progress.cost
+        self.progress.state = method.init()
+        self.plateau = Plateau()
+        self.started = True
+        if "ref_logp" in method.needs and method.reference == "stage_start" and not first:
+            write_folder(self.folder / "reference", lambda d: save_file(self._weights(), d / "weights.safetensors"))
+
+    # --- references -------------------------------------------------------------------------------------------------
+
+    def _reference(self, wanted: str) -> Any:
+        """The frozen base, made before training starts, if any stage compares with it."""
+        needed = any("ref_logp" in m.needs for m in self.methods)
+        return assemble.make_reference(self.model, self.recipe.model.lora is not None) if needed else None
+
+    def _stage_start_reference(self) -> Any:
+        if self.recipe.model.lora is not None:
+            raise UserError(
+                f"stage {self.progress.stage}: a reference at the stage's start is not kept for LoRA runs; "
+                "train the stages as separate runs, or without LoRA"
+            )
+        now = {n: m.clone() for n, m in self.optimizer.weights().items()}
+        self.optimizer.set_weights(load_file(self.folder / "reference" / "weights.safetensors"))
+        reference = assemble.make_reference(self.model, False)
+        self.optimizer.set_weights(now)
+        return reference
+
+    # --- measuring --------------------------------------------------------------------------------------------------
+
+    def _measure_dev(self) -> dict[str, float]:
+        """Metrics on the development questions, every `eval_steps` steps."""
+        spec = self.recipe.evaluation
+        if not spec.eval_steps or spec.dev is None or self.progress.step % spec.eval_steps:
+            return {}
+        self.model.eval()
+        return measure_dev(self.model, self.tokenizer, spec, sampling=self.recipe.sampling, seed=self.recipe.seed)
+
+    def _keep_best(self, line: Mapping[str, Any]) -> None:
+        save = self.recipe.save
+        value = line.get(save.best_metric) if save.best_metric else None
+        if value is None:
+            if save.best_metric and "eval_accuracy" in line:
+                names = ", ".join(k for k in line if k.startswith("eval_"))
+                raise UserError(f"save.best_metric: got {save.best_metric!r}; measured are {names}")
+            return
+        if not self.best or ((value > self.best["value"]) == (save.best_mode == "max") and value != self.best["value"]):
+            self.best = {"value": value, "step": self.progress.step, "metric": save.best_metric}
+            write_folder(self.folder / "best", lambda d: save_file(self._weights(), d / "weights.safetensors"))
+
+    def _look(self, stage: Stage, line: Mapping[str, Any]) -> bool:
+        assert stage.until is not None
+        value = line.get(stage.until.metric)
+        if value is None:
+            return False
+        self.plateau = self.plateau.look(value, mode=stage.until.mode, min_delta=stage.until.min_delta)
+        return self.plateau.looks >= stage.until.patience
+
+    def _evaluate(self) -> dict[str, Any] | None:
+        spec = self.recipe.evaluation
+        if not (spec.in_distribution or spec.out_of_distribution or spec.forgetting or spec.divergence):
+            return None
+        if spec.divergence and self.base is None and (spec.in_distribution or spec.out_of_distribution):
+            self.base = evaluate_base(self.recipe, self.folder / "base", display=self.display)
+        self.display.say(f"{self.folder.name}: evaluating")
+        self.model.eval()
+        found = evaluate_model(self.model, self.tokenizer, spec, sampling=self.recipe.sampling, seed=0, base=self.base)
+        write_json(self.folder / "evaluation.json", found.evaluation)
+        (self.folder / "samples.jsonl").unlink(missing_ok=True)
+        append_lines(self.folder / "samples.jsonl", found.samples)
+        return dict(found.evaluation)
+
+    def _done(self) -> float:
+        """Share of the whole run that is done."""
+        n = len(self.recipe.stages)
+        if self.progress.stage >= n:
+            return 1.0
+        settings = assemble.stage_settings(self.recipe, self.recipe.stages[self.progress.stage])
+        inside = min(stage_progress(settings, self.progress), 1.0) if self.started else 0.0
+        return (self.progress.stage + inside) / n
+
+    def _epoch(self) -> float:
+        position = sum(self.progress.positions.values())
+        total = sum(len(self.loaded.streams[name].examples) for name in self.progress.positions)
+        return position / total if total else 0.0
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {n: w.contiguous().cpu() for n, w in self.optimizer.weights().items()}
+
+    def _save(self) -> None:
+        state = {
+            "progress": {**asdict(self.progress), "state": dict(self.progress.state)},
+            "plateau": asdict(self.plateau),
+            "best": self.best,
+            "started": self.started,
+            "stages": self.record["stages"],
+            "recipe_hash": config_hash(self.recipe),
+        }
+        where = self.folder / "checkpoints"
+        found = Checkpoint(self.optimizer.weights(), self.optimizer.moments(), state)
+        checkpoint.save(where, self.progress.step, found, keep=self.recipe.save.save_total_limit)
+
+    def _resume(self) -> None:
+        place = checkpoint.latest(self.folder / "checkpoints")
+        step = 0
+        if place is not None:
+            found = checkpoint.load(place)
+            saved = dict(found.state["progress"])
+            costs = {name: Cost(**saved.pop(name)) for name in ("cost", "stage_cost")}
+            self.progress = Progress(**saved, **costs)
+            self.plateau = Plateau(**found.state["plateau"])
+            self.best, self.started = dict(found.state["best"]), found.state["started"]
+            self.record["stages"] = list(found.state["stages"])
+            if self.started:
+                stage = self.recipe.stages[self.progress.stage]
+                betas = (stage.adam_beta1, stage.adam_beta2)
+                self.optimizer.begin(weight_decay=stage.weight_decay, betas=betas, eps=stage.adam_epsilon)
+            self.optimizer.load(found.weights, found.moments)
+            step = self.progress.step
+            self.display.say(f"{self.folder.name}: resuming after step {step}")
+        for name in ("metrics.jsonl", "completions.jsonl"):
+            cut_lines(self.folder / name, step)
+
+    def _note_start(self, engine: Engine) -> None:
+        self.record |= {
+            "status": "running",
+            "recipe_hash": config_hash(self.recipe),
+            "model": describe_model(self.recipe.model.name),
+            "parameters": engine.parameters,
+            "precision": self.precision,
+            "layout": engine.layout,
+            "sampler": getattr(engine.sampler, "path", None),
+            "methods": [assemble.describe_method(m) for m in self.methods],
+            "data": {n: {"hash": h, "rows": self.loaded.rows[n]} for n, h in self.loaded.hashes.items()},
+            "template_hash": template_hash(self.tokenizer),
+            "versions": versions(),
+            "hardware": hardware(self.device),
+            "stages": [],
+        }
+        self.record.setdefault("started_at", _now())
+        self.record.setdefault("warnings", [])
+        for text in self.loaded.warnings:
+            self._warn(text)
+        write_json(self.folder / "record.json", self.record)
+
+    def _warn(self, text: str) -> None:
+        if text not in self.record["warnings"]:
+            self.record["warnings"].append(text)
+            self.display.say(f"warning: {text}")
+
+    def _finish(self, evaluation: dict[str, Any] | None) -> RunResult:
+        self.record |= {
+            "status": "finished",
+            "finished_at": _now(),
+            "cost": asdict(self.progress.cost),
+            "steps": self.progress.step,
+            "skipped_steps": self.progress.skipped,
+            "best": self.best,
+            "peak_memory_gb": peak_memory_gb(),
+        }
+        write_json(self.folder / "record.json", self.record)
+        for name in ("checkpoints", "best", "reference"):
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        return _result(self.folder, self.record)
+
+
+def evaluate_base(recipe: Recipe, folder: Path, *, display: Display | None = None) -> BaseAnswers:
+    """Evaluate the untrained model as the recipe says and return its answers; read from `folder` when they are there."""
+    answers = folder / "base_answers.json"
+    if answers.is_file() and (folder / "evaluation.json").is_file():
+        return BaseAnswers.read(answers)
+    folder.mkdir(parents=True, exist_ok=True)
+    (display or Display()).say(f"{folder.name}: evaluating the untrained model")
+    device = resolve_device(recipe.device)
+    started = time.perf_counter()
+    dtype = torch.float32 if assemble.resolve_precision(recipe, device) == "fp32" else torch.bfloat16
+    model, tokenizer = assemble.load_base(recipe, device, dtype)
+    found = evaluate_model(model, tokenizer, recipe.evaluation, sampling=recipe.sampling, seed=0, base=None)
+    append_lines(folder / "samples.jsonl", found.samples)
+    record = {
+        "status": "finished",
+        "model": describe_model(recipe.model.name),
+        "versions": versions(),
+        "hardware": hardware(device),
+        "cost": asdict(Cost(seconds=time.perf_counter() - started)),
+    }
+    write_json(folder / "record.json", record)
+    found.answers.write(answers)
+    write_json(folder / "evaluation.json", found.evaluation)
+    return found.answers
+
+
+def _folder(recipe: Recipe, output_dir: str | Path | None) -> Path:
+    where = output_dir or recipe.output_dir
+    if where is None:
+        raise UserError("a run needs a folder: give --out DIR (output_dir in Python, or `output_dir:` in the recipe)")
+    return Path(where)
+
+
+def _open_folder(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """The folder's record so far; UserError when it belongs to something else."""
+    saved, record = folder / "recipe.json", folder / "record.json"
+    mine = {"hash": config_hash(recipe), "recipe": recipe.model_dump(mode="json")}
+    if saved.is_file():
+        theirs = json.loads(saved.read_text(encoding="utf-8"))
+        if theirs["hash"] != mine["hash"]:
+            raise UserError(f"{folder} holds a run of another recipe; choose another --out, or delete that folder")
+        return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is no run of crosstrain; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(saved, mine)
+    return {}
+
+
+def _result(folder: Path, record: Mapping[str, Any]) -> RunResult:
+    lines = read_lines(folder / "metrics.jsonl")
+    found = folder / "evaluation.json"
+    evaluation = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else None
+    return RunResult(folder, Cost(**record["cost"]), lines[-1] if lines else {}, evaluation)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

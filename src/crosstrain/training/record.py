@@ -1,0 +1,108 @@
+"""A run's folder: what is written there, and how a resumed run cuts it back to its checkpoint."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crosstrain.types import Group, Source
+
+PACKAGES = ("crosstrain", "torch", "transformers", "peft", "safetensors", "datasets", "numpy", "reasoning-gym", "trl")
+
+
+def append_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Add JSON lines to a file; NaN is written as null, since unknown is not a number JSON has."""
+    with path.open("a", encoding="utf-8") as file:
+        for line in lines:
+            file.write(json.dumps({k: _plain(v) for k, v in line.items()}, ensure_ascii=False) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file, none when it does not exist; a last line cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
+
+
+def cut_lines(path: Path, step: int) -> None:
+    """Drop lines of steps after `step`: they were written after the checkpoint and will be written again."""
+    if path.is_file():
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        append_lines(temporary, kept)
+        temporary.replace(path)
+
+
+def completion_lines(step: int, groups: Iterable[Group], decode: Any, limit: int = 4) -> list[dict[str, Any]]:
+    """The first own completions of a step, as text, for `completions.jsonl`."""
+    lines: list[dict[str, Any]] = []
+    for group in groups:
+        for t in group.by(Source.POLICY)[:1]:
+            lines.append(
+                {
+                    "step": step,
+                    "id": group.example.id,
+                    "prompt": decode(list(t.tokens[: t.response_start])),
+                    "completion": decode(list(t.response)),
+                    "reward": t.reward,
+                    "finished": t.finished,
+                }
+            )
+    return lines[:limit]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of every package that results may depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # an optional package that is not installed cannot have mattered
+    return found
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """Processor or card, cores, threads and memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "device": str(device),
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gb": round(memory / 2**30, 1),
+        "platform": platform.platform(),
+    }
+
+
+def peak_memory_gb() -> float:
+    """The most memory this process has held, in GB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if names:
+            return names[0]
+    return platform.processor() or platform.machine()
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
