@@ -122,7 +122,9 @@ def parse(model: type[Model], data: Any, *, where: str = "") -> Model:
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        mistakes = list(dict.fromkeys(_explain(model, data, dict(one)) for one in error.errors()))
+        # Unknown keys first: what is missing is often what was misspelt.
+        ordered = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+        mistakes = list(dict.fromkeys(_explain(model, data, dict(one)) for one in ordered))
         more = f" (and {len(mistakes) - 3} more mistakes)" if len(mistakes) > 3 else ""
         raise UserError(f"{where + ': ' if where else ''}{'; '.join(mistakes[:3])}{more}") from error
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Self, get_type_hints
 
-from pydantic import BaseModel, Field, create_model, model_validator
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from crosstrain.config.files import parse, set_path
-from crosstrain.config.recipe import STRICT, BudgetSpec, Flag, Positive, Recipe, Seed, Share, Stage, gather_stage
+from crosstrain.config.recipe import STRICT, BudgetSpec, Flag, MethodSpec, Positive, Recipe, Seed, Share, Stage, gather_stage
+from crosstrain.errors import UserError, nearest
 
 _OWN = ("stages", "seed", "budget", "output_dir")
 _HINTS = get_type_hints(Recipe, include_extras=True)
@@ -33,9 +34,18 @@ class ArmSpec(BaseModel):
     def _gather(cls, value: Any) -> Any:
         arm = gather_stage(value)
         if isinstance(arm, dict) and "name" not in arm and isinstance(arm.get("stages"), list):
-            methods = [Stage.model_validate(stage).method.name for stage in arm["stages"]]
-            return {"name": " -> ".join(methods), **arm}
+            return {"name": " -> ".join(_method_name(stage) for stage in arm["stages"]), **arm}
         return arm
+
+
+def _method_name(stage: Any) -> str:
+    """The name of a stage's method, or "?" where the stage is so wrong that it will be refused anyway."""
+    if isinstance(stage, Stage):
+        return stage.method.name
+    try:
+        return MethodSpec.model_validate(stage["method"]).name
+    except (KeyError, TypeError, ValidationError):
+        return "?"
 
 
 class TuneSpec(BaseModel):
@@ -88,13 +98,20 @@ class StudySpec(BaseModel):
                 if name not in names and not (name == "base" and self.base):
                     raise ValueError(f"'contrasts.against' names {name!r}, which is no arm; arms: {', '.join(names)}")
         for arm in self.arms:
-            self.recipe(arm.name, self.seeds[0])
+            try:
+                self.recipe(arm.name, self.seeds[0])
+            except ValidationError as error:
+                raise ValueError(f"arm {arm.name!r}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
+        if self.quick:
+            self.quickened()
         return self
 
     def recipe(self, arm: str, seed: int) -> Recipe:
         """The recipe of one run: the shared part, the arm's stages, the study's budget, and `seed`."""
-        [stages] = [a.stages for a in self.arms if a.name == arm]
-        return Recipe(**dict(self.shared), stages=stages, seed=seed, budget=self.budget)
+        stages = {a.name: a.stages for a in self.arms}
+        if arm not in stages:
+            raise UserError(f"the study has no arm {arm!r}; {nearest(arm, stages)}")
+        return Recipe(**dict(self.shared), stages=stages[arm], seed=seed, budget=self.budget)
 
     def against(self) -> list[str]:
         """The arms (and `base`) of the planned contrasts that this study has."""
@@ -105,7 +122,7 @@ class StudySpec(BaseModel):
         """The study with its `quick` settings applied, for `--quick`."""
         data = self.model_dump(exclude={"quick"})
         if "contrasts" not in self.model_fields_set:
-            data.pop("contrasts")
+            data.pop("contrasts")  # the default names arms a study need not have
         for dotted, value in self.quick.items():
             path = dotted.split(".")
             if len(path) == 3 and path[0] == "arms" and path[2] in Stage.model_fields:

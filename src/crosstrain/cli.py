@@ -1,0 +1,207 @@
+"""The command line. Each command loads what it needs when it runs, so that `--help` is instant.
+
+Exit codes: 0 done, 1 a bug of ours, 2 a mistake the user can mend, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from crosstrain.errors import UserError
+
+app = typer.Typer(
+    name="crosstrain", add_completion=False, pretty_exceptions_enable=False, help="Post-train language models and compare how."
+)
+data_app = typer.Typer(help="Look at data before training on it.")
+app.add_typer(data_app, name="data")
+
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. stages.0.learning_rate=1e-5.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan and the estimated cost, and stop.")]
+ModelOrRun = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Bundled name, model folder, hub id, or run folder.")]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; every error is one line on stderr."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return int(app(args, standalone_mode=False) or 0)
+    except typer.TyperException as error:
+        command = getattr(getattr(error, "ctx", None), "command_path", "crosstrain")
+        return _fail(f"{error.format_message()} (see {command} --help)", 2, args)
+    except UserError as error:
+        return _fail(str(error), 2, args)
+    except (KeyboardInterrupt, typer.Abort):
+        resumes = args[:1] in (["train"], ["study"])
+        return _fail("interrupted" + ("; the same command goes on from the last checkpoint" if resumes else ""), 130, args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        hint = "" if "--debug" in args else "; --debug shows the traceback"
+        return _fail(f"internal error: {type(error).__name__}: {error}{hint}", 1, args)
+
+
+def _fail(message: str, code: int, args: Sequence[str]) -> int:
+    if "--debug" in args:
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from crosstrain import __version__
+
+        print(f"crosstrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    _help_alone(ctx)
+
+
+@data_app.callback(invoke_without_command=True)
+def _data(ctx: typer.Context) -> None:
+    _help_alone(ctx)
+
+
+def _help_alone(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="What to train, on what, how.")],
+    overrides: Set = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder; runs/<recipe name> when neither says.")] = None,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Run one recipe. The same command again goes on where it was interrupted."""
+    from crosstrain.config import load_recipe
+
+    spec = load_recipe(recipe, overrides or [])
+    from crosstrain.training import run  # torch; a wrong recipe is told before it is loaded
+
+    if dry_run:
+        print(run.plan(spec))
+        return
+    folder = out or Path(spec.output_dir or Path("runs") / recipe.stem)
+    result = run.train(spec, folder)
+    print(f"run: {result.folder}\nmodel: {result.folder / 'model'}")
+
+
+@app.command()
+def study(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC.yaml", help="The arms to compare and what they share.")],
+    out: Annotated[Path | None, typer.Option(help="The study's folder; runs/<spec name> when not given.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A three-minute taste, marked as such in the report.")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Search each arm's learning rate first.")] = False,
+    overrides: Set = None,
+    dry_run: DryRun = False,
+    debug: Debug = False,
+) -> None:
+    """Train several ways under one budget and report which won. Finished runs are kept when it is started again."""
+    from crosstrain.config import load_study
+
+    loaded = load_study(spec, overrides or [])
+    from crosstrain.studies import runner  # torch; a wrong spec is told before it is loaded
+    from crosstrain.studies.report import write_report
+
+    if dry_run:
+        print(runner.plan(loaded, quick=quick, tune=tune))
+        return
+    folder = out or Path("runs") / spec.stem
+    runner.run_study(loaded, folder, quick=quick, tune=tune)
+    print(f"report: {write_report(folder)}")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelOrRun,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "--recipe", help="A recipe; its `evaluation` says what to measure. A run brings its own."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for evaluation.json and samples.jsonl.")] = None,
+    overrides: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Measure a model on held-out questions, for forgetting, and against its base."""
+    from crosstrain.cli_model import evaluate_and_print
+
+    evaluate_and_print(model, config, out, overrides or [])
+
+
+@app.command()
+def sample(
+    model: ModelOrRun,
+    prompt: Annotated[
+        str | None, typer.Option(help="Answer this and stop; otherwise chat, or answer each line of stdin.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.7,
+    max_completion_length: Annotated[int, typer.Option(min=1, help="Tokens after which an answer is cut.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same answers.")] = 0,
+    debug: Debug = False,
+) -> None:
+    """Chat with a model or with the model of a run."""
+    from crosstrain.cli_model import Chat, talk
+
+    talk(Chat.load(model, system, temperature, max_completion_length, seed), prompt)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's folder.")],
+    debug: Debug = False,
+) -> None:
+    """Write a study's report again from the files in its folder."""
+    from crosstrain.studies.report import write_report
+
+    print(f"report: {write_report(folder)}")
+
+
+@data_app.command(name="check")
+def data_check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL, JSON, CSV, Parquet or a `datasets` folder.")],
+    model: Annotated[str, typer.Option(help="The model whose chat template and tokenizer to use.")] = "smollm2-135m-instruct",
+    max_prompt_length: Annotated[int, typer.Option(min=1, help="Longer prompts are errors.")] = 512,
+    max_length: Annotated[int, typer.Option(min=1, help="Longer prompt + answer rows are errors.")] = 1024,
+    debug: Debug = False,
+) -> None:
+    """Say what a file holds and what would be trained, or which rows are wrong."""
+    from crosstrain.data.check import check
+
+    check(file, model, max_prompt_length=max_prompt_length, max_length=max_length)
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
+    debug: Debug = False,
+) -> None:
+    """List the methods, or show one: its paper, terms and settings."""
+    from crosstrain.cli_methods import print_all, print_one
+
+    print_all() if name is None else print_one(name)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
