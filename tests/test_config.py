@@ -91,6 +91,7 @@ def test_other_shorthands() -> None:
         ({"log_completions": "yes"}, "log_completions: must be a valid boolean, got 'yes' (text)"),
         ({"data": {"path": "a", "task": "b"}}, "needs exactly one of 'path' and 'task', got path='a' and task='b'"),
         ({"data": {"path": "a", "task_config": {"x": 1}}}, "'task_config' has no effect beside 'path'"),
+        ({"data": {"path": "a", "split": "test"}}, "'split' has no effect beside 'path'"),
         ({"evaluation": {"samples_per_question": 4}}, "pass@4 needs at least 8"),
         ({"evaluation": {"eval_steps": 5}}, "'eval_steps' is 5 but there is no 'dev' set"),
         ({"sampling": {"truncation_penalty": 1.0}}, "go together"),

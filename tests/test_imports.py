@@ -54,9 +54,7 @@ def test_objective_and_methods_import_only_pure_modules(package: str) -> None:
 
 def test_training_imports_no_method() -> None:
     for file in sorted((SRC / "training").rglob("*.py")):
-        # A run has to turn the recipe's method name into a method; that one function is all it may take.
-        allowed = {"crosstrain.methods.load_method"} if file.name == "run.py" else set()
-        wrong = [module for module in imports(file) if inside(module, {"crosstrain.methods"}) and module not in allowed]
+        wrong = [module for module in imports(file) if inside(module, {"crosstrain.methods"})]
         assert not wrong, f"training/{file.name} imports {wrong}"
 
 

@@ -33,11 +33,18 @@ ModelOrRun = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Bundled
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every error is one line on stderr."""
     args = list(sys.argv[1:] if argv is None else argv)
+    command = typer.main.get_command(app)
     try:
-        return int(app(args, standalone_mode=False) or 0)
+        # Not `app(args)`: that one turns Ctrl-C and errors into its own words and exit codes.
+        with command.make_context("crosstrain", args) as context:
+            command.invoke(context)
+        sys.stdout.flush()
+        return 0
+    except typer.Exit as done:
+        return done.exit_code
     except typer.TyperException as error:
-        command = getattr(getattr(error, "ctx", None), "command_path", "crosstrain")
-        return _fail(f"{error.format_message()} (see {command} --help)", 2, args)
+        at = getattr(getattr(error, "ctx", None), "command_path", "crosstrain")
+        return _fail(f"{error.format_message()} (see {at} --help)", 2, args)
     except UserError as error:
         return _fail(str(error), 2, args)
     except (KeyboardInterrupt, typer.Abort):

@@ -57,7 +57,7 @@ class DataSpec(BaseModel):
     path: str | None = Field(None, description="JSONL, JSON, CSV, Parquet file or `datasets` folder.")
     task: str | None = Field(None, description="Name of a task, instead of a path.")
     task_config: TaskConfig = {}
-    split: str = Field("train", description="Split of the task or of the `datasets` folder.")
+    split: str = Field("train", description="Split of the task.")
     size: Count | None = Field(None, description="How many examples; all of them (or the task's default) when not given.")
     seed: Seed = 0
     system_prompt: str | None = Field(None, description="System message put before every prompt that has none.")
@@ -69,8 +69,11 @@ class DataSpec(BaseModel):
         if (self.path is None) == (self.task is None):
             got = "neither" if self.path is None else f"path={self.path!r} and task={self.task!r}"
             raise ValueError(f"needs exactly one of 'path' and 'task', got {got}")
-        if self.path is not None and self.task_config:
-            raise ValueError("'task_config' has no effect beside 'path'; remove it or name a 'task'")
+        useless = [
+            key for key in ("task_config", "split", "seed") if getattr(self, key) != type(self).model_fields[key].default
+        ]
+        if self.path is not None and useless:
+            raise ValueError(f"{useless[0]!r} has no effect beside 'path'; remove it or name a 'task'")
         return self
 
 
