@@ -36,8 +36,8 @@ def model_card(recipe: Recipe, record: Mapping[str, Any], cost: Cost, evaluation
     ]
     data = [f"- `{name}`: {d['rows']} rows, sha256 `{d['hash']}`" for name, d in record.get("data", {}).items()]
     spent = (
-        f"{cost.processed_tokens:,} tokens processed, {cost.generated_tokens:,} generated, {cost.demonstrations:,} demonstrations, "
-        f"{cost.flops:.3g} FLOPs, {cost.seconds:,.0f} s"
+        f"{cost.processed_tokens:,} tokens processed, {cost.generated_tokens:,} generated, "
+        f"{cost.demonstrations:,} demonstrations, {cost.flops:.3g} FLOPs, {cost.seconds:,.0f} s"
     )
     return "\n".join(
         [

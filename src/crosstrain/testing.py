@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +87,17 @@ def tiny_tokenizer() -> Any:
     )
     fast.chat_template = CHATML
     return fast
+
+
+def save_tiny_model(folder: str | Path, seed: int = 0) -> Path:
+    """A folder that any recipe can name as its model: `tiny_model` in fp32 with `tiny_tokenizer`."""
+    tokenizer = tiny_tokenizer()
+    model = tiny_model(seed, torch.float32, vocab_size=len(tokenizer))
+    model.config.eos_token_id = model.config.pad_token_id = tokenizer.eos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return Path(folder)
 
 
 class ScriptedSampler:
@@ -169,7 +181,7 @@ def made_up_batch(method: Method, model: Any, *, examples: int = 8, seed: int = 
     collected = collect(
         method,
         state,
-        {name: stream for name in names},
+        dict.fromkeys(names, stream),
         {},
         batch_size=examples,
         sampler=ScriptedSampler(),

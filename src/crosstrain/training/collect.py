@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from crosstrain.rollout.sampler import Completion, Prompt, Sampler, Sampling
-
 from crosstrain.errors import UserError
+from crosstrain.rollout.sampler import Completion, Prompt, Sampler, Sampling
 from crosstrain.types import Example, Group, Method, Request, Source, State, Trajectory
 
 

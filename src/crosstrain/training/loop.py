@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from crosstrain.rollout.sampler import Sampler, Sampling
 from torch import Tensor
 
 from crosstrain.errors import UserError
 from crosstrain.objective.reduce import count, term_loss
 from crosstrain.objective.schedules import learning_rate_factor
+from crosstrain.rollout.sampler import Sampler, Sampling
 from crosstrain.training.batching import cut, distinct_tokens, to_batch, with_advantage
 from crosstrain.training.collect import Collected, ScoreGroups, Stream, Truncation, collect
 from crosstrain.training.cost import Cost

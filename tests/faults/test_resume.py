@@ -1,0 +1,118 @@
+"""Kill -9 at any moment, run the same command again: bit-identical weights and metrics, timings aside."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from crosstrain.testing import save_tiny_model
+
+TIMINGS = ("step_time", "cost/seconds")
+REWARD = """
+def first_letter(prompts, completions, answer, **kwargs):
+    return [float(len(c[0]["content"]) > 3) + 0.1 * len(set(c[0]["content"])) for c in completions]
+"""
+
+
+def stage(method: Any, **more: Any) -> dict[str, Any]:
+    return {"method": method, "max_steps": 6, "batch_size": 3, "learning_rate": 1e-2, **more}
+
+
+STAGES = {
+    "sft": [stage("sft", lr_scheduler_type="cosine", warmup_steps=2)],
+    "grpo": [stage({"grpo": {"num_generations": 3, "num_iterations": 2, "minibatches": 2}})],
+    "luffy": [stage({"luffy": {"num_generations": 3}})],
+    "sft then grpo": [stage("sft", max_steps=3), stage({"grpo": {"num_generations": 3}}, restart_optimizer=False, max_steps=4)],
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny_model(folder / "model")
+    (folder / "reward.py").write_text(REWARD)
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"say {i}"}],
+            "completion": [{"role": "assistant", "content": f"it is {i}"}],
+            "answer": str(i),
+        }
+        for i in range(7)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+def recipe(world: Path, name: str) -> Path:
+    content = {
+        "model": str(world / "model"),
+        "data": str(world / "rows.jsonl"),
+        "rewards": [f"{world / 'reward.py'}:first_letter"],
+        "stages": STAGES[name],
+        "sampling": {"max_completion_length": 6},
+        "evaluation": {"forgetting": False, "divergence": False},
+        "save": {"save_steps": 1},
+        "precision": "fp32",
+        "device": "cpu",
+    }
+    path = world / f"{name.replace(' ', '-')}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def start(path: Path, out: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "crosstrain", "train", str(path), "--out", str(out)]
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def finish(path: Path, out: Path) -> None:
+    process = start(path, out)
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors.decode()
+
+
+def steps(out: Path) -> list[dict[str, Any]]:
+    file = out / "metrics.jsonl"
+    text = file.read_text() if file.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_killed_run_ends_as_if_it_had_not_been(world: Path, tmp_path: Path, name: str) -> None:
+    path = recipe(world, name)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(path, whole)
+    last = len(steps(whole))
+
+    moment = random.Random(name).randint(1, last - 2)
+    process = start(path, killed)
+    deadline = time.monotonic() + 240
+    while len(steps(killed)) < moment:
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(steps(killed)) < last, "the run was over before it was killed"
+    finish(path, killed)
+
+    clean = [{k: v for k, v in line.items() if k not in TIMINGS} for line in steps(whole)]
+    again = [{k: v for k, v in line.items() if k not in TIMINGS} for line in steps(killed)]
+    assert again == clean
+    one, other = (load_file(folder / "model" / "model.safetensors") for folder in (whole, killed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    start_weights = load_file(world / "model" / "model.safetensors")
+    assert any(not torch.equal(one[k], start_weights[k]) for k in one), "the run trained nothing"
