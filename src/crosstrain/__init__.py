@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from crosstrain.config import Recipe, StudySpec
     from crosstrain.errors import UserError
     from crosstrain.methods import load_method
-    from crosstrain.training.run import RunResult
+    from crosstrain.run import train
     from crosstrain.types import Batch, Example, Group, Method, Plan, Scores, Term, Trajectory
 
 __all__ = [
@@ -46,6 +46,7 @@ _HOME = {
     **dict.fromkeys(("Recipe", "StudySpec"), "crosstrain.config"),
     "UserError": "crosstrain.errors",
     "load_method": "crosstrain.methods",
+    "train": "crosstrain.run",
 }
 
 
@@ -57,27 +58,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-def train(recipe: Recipe | Mapping[str, Any] | str | Path, output_dir: str | Path | None = None) -> RunResult:
-    """The result of one training run: its folder, final metrics and cost.
-
-    recipe: a Recipe, the same as a mapping, or the path of a YAML file. output_dir: the run's folder (the recipe's
-    `output_dir` when not given); a run that was interrupted there goes on from its last checkpoint.
-    Raises UserError for a recipe, data, model or reward that cannot be used, before the first step.
-    """
-    from crosstrain.config import Recipe, load_recipe, parse
-    from crosstrain.errors import UserError
-    from crosstrain.training.run import train as run
-
-    if isinstance(recipe, str | Path):
-        recipe = load_recipe(recipe)
-    elif not isinstance(recipe, Recipe):
-        recipe = parse(Recipe, recipe)
-    folder = output_dir or recipe.output_dir
-    if folder is None:
-        raise UserError("no folder for the run: give `output_dir`, here or in the recipe")
-    return run(recipe, Path(folder))
 
 
 def study(

@@ -104,7 +104,7 @@ def train(
     from crosstrain.config import load_recipe
 
     spec = load_recipe(recipe, overrides or [])
-    from crosstrain.training import run  # torch; a wrong recipe is told before it is loaded
+    from crosstrain import run  # torch; a wrong recipe is told before it is loaded
 
     if dry_run:
         print(run.plan(spec))
