@@ -125,6 +125,15 @@ def check_data(method: Method, loaded: Loaded) -> None:
             )
 
 
+def check_rewards(method: Method, rewards: object | None) -> None:
+    """Before step 1: a method that samples has something to score its completions with."""
+    if method.plan.samples and rewards is None:
+        raise UserError(
+            f"method {method.name} samples completions, and nothing scores them: add `rewards: [file.py:function]` to the "
+            "recipe, or take the data from a task"
+        )
+
+
 def _brings(example: Example, needs: str) -> bool:
     rewards = [t.reward for t in example.expert]
     return {

@@ -21,6 +21,7 @@ from crosstrain.data import template_hash
 from crosstrain.errors import UserError
 from crosstrain.evaluate import BaseAnswers, evaluate_model, measure_dev
 from crosstrain.models import describe_model, resolve_device, save_model
+from crosstrain.planning import RunPlan, plan
 from crosstrain.training import checkpoint
 from crosstrain.training.checkpoint import Checkpoint, write_folder, write_json
 from crosstrain.training.cost import Cost
@@ -38,6 +39,8 @@ from crosstrain.training.record import (
 )
 from crosstrain.training.switch import Plateau
 from crosstrain.types import Method
+
+__all__ = ["RunPlan", "RunResult", "as_recipe", "evaluate_base", "plan", "train"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ class _Run:
     def to_the_end(self, save_weights: bool) -> RunResult:
         samples = any(m.plan.samples for m in self.methods)
         with assemble.reward_scorer(self.recipe, self.tokenizer) as rewards:
+            for method in self.methods:
+                assemble.check_rewards(method, rewards)
             engine = assemble.make_engine(
                 self.recipe, self.model, self.tokenizer, self.loaded, rewards, self.device, samples=samples
             )
