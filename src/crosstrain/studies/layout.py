@@ -1,0 +1,152 @@
+"""A study's folder: which runs go where, whose folder it is, and who is working in it.
+
+DIR/study.json                       what is compared, with which settings, versions and hardware
+DIR/runs/base/                       the untrained model's evaluation
+DIR/runs/<arm>/seed-<s>/             one run, as `crosstrain train` leaves it
+DIR/tuning.json, DIR/tuning/...      the learning-rate search of `--tune`
+DIR/results.json, DIR/report.html    made from the files above, again at any time
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from crosstrain.config import StudySpec
+from crosstrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One run of a study.
+
+    folder: relative to the study's folder, with forward slashes. save_weights: whether it leaves the trained model.
+    """
+
+    arm: str
+    seed: int
+    folder: str
+    save_weights: bool
+
+    @property
+    def title(self) -> str:
+        """The run's name in messages."""
+        return f"{self.arm}, seed {self.seed}"
+
+
+def slugs(names: Sequence[str]) -> dict[str, str]:
+    """A folder name for each arm: letters, digits and hyphens; no two alike and none called `base`.
+
+    >>> slugs(["sft -> grpo", "GRPO (beta 0)", "grpo beta=0", "Base"])
+    {'sft -> grpo': 'sft-to-grpo', 'GRPO (beta 0)': 'grpo-beta-0', 'grpo beta=0': 'grpo-beta-0-2', 'Base': 'base-2'}
+    """
+    taken = {"base"}
+    found: dict[str, str] = {}
+    for name in names:
+        plain = re.sub(r"[^a-z0-9]+", "-", name.lower().replace("->", " to "))[:60].strip("-") or "arm"
+        slug, n = plain, 2
+        while slug in taken:
+            slug, n = f"{plain}-{n}", n + 1
+        taken.add(slug)
+        found[name] = slug
+    return found
+
+
+def study_runs(spec: StudySpec) -> list[StudyRun]:
+    """Every run of a study, in the order that makes partial results useful: the first seed of every arm, then the next.
+
+    Only the first seed of each arm leaves its weights: they are large, and one model per arm is what gets used.
+    """
+    names = slugs([arm.name for arm in spec.arms])
+    return [
+        StudyRun(arm.name, seed, f"runs/{names[arm.name]}/seed-{seed}", save_weights=seed == spec.seeds[0])
+        for seed in spec.seeds
+        for arm in spec.arms
+    ]
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """A run's record, empty when there is none yet."""
+    file = folder / "record.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run's folder holds a finished run."""
+    return read_record(folder).get("status") == "finished"
+
+
+@contextmanager
+def only_one_process(out: Path) -> Iterator[None]:
+    """Hold a study's folder; UserError when another process does. A killed process lets go by itself."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is running the study in {out}; wait for it, or choose another --out") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_folder(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The study.json of a folder that holds this very study, {} of a new one; UserError for anything else.
+
+    identity: `spec` (as JSON), `config_hash`, `quick` and `tune`; they are what makes two studies the same.
+    """
+    file = out / "study.json"
+    if not file.is_file():
+        strangers = sorted(p.name for p in out.iterdir() if p.name != ".lock") if out.is_dir() else []
+        if out.exists() and (strangers or not out.is_dir()):
+            what = f"holds {strangers[0]!r} but no study" if strangers else "is a file"
+            raise UserError(f"{out} {what}; choose another --out")
+        return {}
+    there: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    for flag in ("quick", "tune"):
+        if there[flag] != identity[flag]:
+            was, now = ("with", "without") if there[flag] else ("without", "with")
+            raise UserError(
+                f"the study in {out} was started {was} --{flag} and this one is {now} it; use the same flags to go on with it, "
+                "or another --out to start anew"
+            )
+    if there["config_hash"] != identity["config_hash"]:
+        raise UserError(
+            f"{out} holds another study: {_say_differences(there['spec'], identity['spec'])}; set it back to go on with that "
+            "study, or choose another --out to start anew"
+        )
+    return there
+
+
+def differences(there: Any, here: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """The settings in which two configurations differ, as (dotted key, there, here); None where a key is missing.
+
+    >>> differences({"budget": {"amount": 1.0}, "seeds": [0]}, {"budget": {"amount": 2.0}, "seeds": [0, 1]})
+    [('budget.amount', 1.0, 2.0), ('seeds', [0], [0, 1])]
+    """
+    if isinstance(there, Mapping) and isinstance(here, Mapping):
+        pairs = [(str(key), there.get(key), here.get(key)) for key in sorted({*there, *here})]
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(there, here, strict=True))]
+    else:
+        return [] if there == here else [(path, there, here)]
+    return [found for key, a, b in pairs for found in differences(a, b, f"{path}.{key}" if path else key)]
+
+
+def _say_differences(there: Any, here: Any, show: int = 3) -> str:
+    found = differences(there, here)
+    said = [f"{key} is {_short(a)} there and {_short(b)} here" for key, a, b in found[:show]]
+    return ", ".join(said) + (f", and {len(found) - show} more settings differ" if len(found) > show else "")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
