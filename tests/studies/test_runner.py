@@ -17,13 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from study_fakes import STUDY, Fakes, quiet, small_study
 
-from crosstrain.config import Recipe, StudySpec
+from crosstrain.config import Recipe, StudySpec, load_study
 from crosstrain.errors import UserError
+from crosstrain.methods import load_method
 from crosstrain.studies.budget import check_can_be_equal
 from crosstrain.studies.estimate import expected_seconds
 from crosstrain.studies.layout import differences, only_one_process, slugs, study_runs
 from crosstrain.studies.progress import Clock
-from crosstrain.studies.runner import plan, run_study
+from crosstrain.studies.runner import checked, plan, run_study
 from crosstrain.training.loop import NonFinite
 
 
@@ -399,3 +400,27 @@ def test_time_left_goes_from_planned_to_measured() -> None:
     assert clock.left("sft", done=0.5) == pytest.approx(25.0)
     clock.note("sft", 30.0)
     assert clock.left() == pytest.approx(40.0)
+
+
+# --- the bundled study ----------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_study_compares_methods_and_nothing_else() -> None:
+    spec = load_study(Path(__file__).parents[2] / "examples" / "arithmetic.yaml")
+    checked(spec, quick=False, tune=True)
+    assert [arm.name for arm in spec.arms] == ["sft", "dft", "grpo", "sft -> grpo", "luffy", "hpt"]
+    for arm in spec.arms:
+        for stage in arm.stages:
+            method = load_method(stage.method.name, **stage.method.settings)
+            assert "ref_logp" not in method.needs, "no arm has a KL term"
+            assert method.updates.steps == 1
+            own, expert = method.settings.get("num_generations", 0), method.plan.needs_expert is not None
+            assert not method.plan.samples or own + (expert and stage.method.name == "luffy") == 8
+            assert stage == spec.arms[0].stages[0].model_copy(
+                update={k: getattr(stage, k) for k in ("method", "batch_size", "learning_rate", "budget_share")}
+            )
+    questions = spec.shared.evaluation
+    assert sum(one.size for one in questions.in_distribution) == 128
+    assert set(spec.tune.seeds if spec.tune else ()) & set(spec.seeds) == set()
+    quick = checked(spec, quick=True, tune=True)
+    assert quick.seeds == [0] and quick.budget.amount <= spec.budget.amount / 10
