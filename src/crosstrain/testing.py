@@ -24,7 +24,7 @@ from crosstrain.objective.reduce import count
 from crosstrain.rollout.sampler import Completion, Prompt, Sampling
 from crosstrain.training.batching import cut, to_batch, with_advantage
 from crosstrain.training.collect import Truncation, collect
-from crosstrain.training.loop import Engine, backward
+from crosstrain.training.loop import Engine, NonFinite, backward, no_grad_scores
 from crosstrain.training.metrics import Meter
 from crosstrain.types import Batch, Example, Group, Method, Source, Trajectory
 
@@ -173,7 +173,7 @@ class _Examples:
         return [self.examples[(position + i) % len(self.examples)] for i in range(n)], position + n
 
 
-def made_up_batch(method: Method, model: Any, *, examples: int = 8, seed: int = 0) -> Batch:
+def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 0) -> Batch:
     """A batch as the loop would hand it to the method's terms, with old and reference log-probs a little off the model's."""
     state = method.init()
     stream = _Examples(made_up_examples(method, examples, seed))
@@ -193,8 +193,6 @@ def made_up_batch(method: Method, model: Any, *, examples: int = 8, seed: int = 
     )
     batch = to_batch(collected.groups)
     engine = _engine(model, micro_batch_tokens=10**6)
-    from crosstrain.training.loop import no_grad_scores
-
     logp = no_grad_scores(engine, method, batch).logp
     generator = torch.Generator().manual_seed(seed)
     for name in sorted(method.needs & {"old_logp", "ref_logp"}):
@@ -240,7 +238,10 @@ def check_method(method: Method) -> None:
     """
     for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-5)):
         for check in CHECKS:
-            check(method, tiny_model(dtype=dtype), tolerance)
+            try:
+                check(method, tiny_model(dtype=dtype), tolerance)
+            except NonFinite as error:  # the loop stops a run there; here it is a broken promise like any other
+                raise AssertionError(f"{check.__name__}: {error}") from error
 
 
 def gradient_is_finite_and_not_zero(method: Method, model: Any, tolerance: float) -> None:
@@ -255,11 +256,11 @@ def any_cut_gives_the_same_gradient(method: Method, model: Any, tolerance: float
     batch = made_up_batch(method, model)
     whole = gradient(method, model, batch)
     unit = "group" if any(t.unit == "group" for t in method.terms) else "token"
-    for tokens in (1, 40, 90):
-        for shared in (False, True):
-            pieces = cut(batch, tokens, unit, shared=shared)
-            assert sorted(torch.cat(pieces).tolist()) == list(range(len(batch))), "a cut loses or repeats rows"
-            _same(whole, gradient(method, model, batch, micro_batches=pieces), tolerance, f"micro-batches of {tokens} tokens")
+    every = ((1, False), (40, True), (90, False))
+    for tokens, shared in every if tolerance < 1e-6 else every[1:2]:  # fp32 only adds rounding, which one cut shows
+        pieces = cut(batch, tokens, unit, shared=shared)
+        assert sorted(torch.cat(pieces).tolist()) == list(range(len(batch))), "a cut loses or repeats rows"
+        _same(whole, gradient(method, model, batch, micro_batches=pieces), tolerance, f"micro-batches of {tokens} tokens")
 
 
 def padding_changes_nothing(method: Method, model: Any, tolerance: float) -> None:
@@ -282,8 +283,10 @@ def packing_changes_nothing(method: Method, model: Any, tolerance: float) -> Non
 
 
 def masks_are_respected(method: Method, model: Any, tolerance: float) -> None:
-    """Columns and advantages outside the trained tokens are never read: NaN there changes nothing."""
+    """Terms are on trained tokens only; columns and advantages outside are never read: NaN there changes nothing."""
     batch = made_up_batch(method, model)
+    for term in method.terms:
+        assert not bool((term.on(batch) & ~batch.trained).any()), f"term {term.name} is on tokens that are not trained"
     poisoned = replace(
         batch,
         advantage=torch.where(batch.trained, batch.advantage, torch.full_like(batch.advantage, math.nan)),
@@ -311,16 +314,20 @@ def unrelated_rows_leak_nothing(method: Method, model: Any, tolerance: float) ->
             if p.grad is not None:
                 total[name] = total.get(name, torch.zeros_like(p)) + p.grad
     _same(gradient(method, model, batch), total, tolerance, "other groups")
-    remade = method.advantage(batch.rows(torch.nonzero(batch.group == groups[-1]).flatten()))
-    given = method.advantage(batch)[batch.group == groups[-1]]
-    assert torch.allclose(remade, given, equal_nan=True), "a group's advantage depends on other groups"
+    together = method.advantage(batch)
+    for g in groups:
+        alone = method.advantage(batch.rows(torch.nonzero(batch.group == g).flatten()))
+        assert torch.allclose(alone, together[batch.group == g], equal_nan=True), "an advantage depends on other groups"
 
 
 def state_survives_saving(method: Method, model: Any, tolerance: float) -> None:
     """State is JSON: what is loaded equals what was saved, and goes on the same way."""
     state = method.init()
     for step in range(3):
-        loaded = json.loads(json.dumps(dict(state)))
+        try:
+            loaded = json.loads(json.dumps(dict(state)))
+        except TypeError as error:
+            raise AssertionError(f"state {dict(state)} cannot be written as JSON: {error}") from error
         assert loaded == dict(state), f"state {dict(state)} comes back from JSON as {loaded}"
         observed = {"reward": 0.25 * step, "loss": 1.0, "step_time": 1.0, "frac_groups_dropped": 0.0}
         after = method.update(state, observed)
@@ -330,11 +337,11 @@ def state_survives_saving(method: Method, model: Any, tolerance: float) -> None:
 
 CHECKS: tuple[Check, ...] = (
     gradient_is_finite_and_not_zero,
+    masks_are_respected,
     any_cut_gives_the_same_gradient,
     padding_changes_nothing,
     order_changes_nothing,
     packing_changes_nothing,
-    masks_are_respected,
     unrelated_rows_leak_nothing,
     state_survives_saving,
 )

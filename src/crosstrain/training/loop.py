@@ -268,7 +268,9 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
             continue
         if not torch.isfinite(part.loss) or not math.isfinite(part.logged):
             raise NonFinite(f"loss/{term.name} is {part.logged}; examples: {_names(batch)}")
-        found = torch.autograd.grad(part.loss, inputs, allow_unused=True, retain_graph=True)
+        found: tuple[Tensor | None, ...] = (None,) * len(inputs)
+        if part.loss.requires_grad:  # false for a term that reads no score on this micro-batch
+            found = torch.autograd.grad(part.loss, inputs, allow_unused=True, retain_graph=True)
         for total, gradient in zip(gradients, found, strict=True):
             if gradient is not None:
                 total += gradient
