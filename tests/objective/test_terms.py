@@ -1,0 +1,222 @@
+"""The primitive and the KL terms: what each does to every token, and which divergence each KL estimator descends."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from crosstrain.objective import denominators, gates
+from crosstrain.objective.reduce import count, term_loss
+from crosstrain.objective.terms import (
+    best_by,
+    by,
+    group_mean,
+    kl,
+    nll,
+    ppo_loss,
+    reinforce_loss,
+    seq_mean,
+    surrogate,
+    token_sum,
+)
+from crosstrain.testing import tiny_batch
+from crosstrain.training.batching import to_batch
+from crosstrain.types import Batch, Example, Group, Per, Scores, Source, Term, Trajectory
+
+NUMBERS = st.lists(st.floats(-4, 0), min_size=6, max_size=6)
+
+
+def double(batch: Batch) -> Batch:
+    columns = {k: c.double() for k, c in batch.columns.items()}
+    return replace(batch, reward=batch.reward.double(), advantage=batch.advantage.double(), columns=columns)
+
+
+def two_by_three(advantage: float = 1.0) -> Batch:
+    batch = double(tiny_batch([1.0, 0.0], [0, 0], tokens=3))
+    return replace(batch, advantage=torch.full_like(batch.advantage, advantage))
+
+
+def weights(term: Term, logp: Tensor, batch: Batch) -> Tensor:
+    leaf = torch.nn.functional.pad(logp.double(), (1, 0)).requires_grad_()
+    part = term_loss(term, Scores(leaf), batch, count([term], batch, groups=1))
+    assert part is not None
+    return -torch.autograd.grad(part.loss, leaf)[0][:, 1:]
+
+
+DENOMINATORS = {
+    "current": (denominators.current, lambda p, old: torch.ones_like(p)),
+    "old": (denominators.old, lambda p, old: p / old),
+    "one": (denominators.one, lambda p, old: p),
+    "shaped": (denominators.shaped(0.3), lambda p, old: 0.3 * p / (p + 0.3) ** 2),
+}
+
+
+@pytest.mark.parametrize("name", DENOMINATORS)
+@given(logp=NUMBERS, old=NUMBERS, advantage=st.floats(-2, 2))
+def test_the_weight_is_gate_times_ratio_times_advantage(
+    name: str, logp: list[float], old: list[float], advantage: float
+) -> None:
+    """The four parts of arXiv:2509.04419, and the normaliser (6 tokens)."""
+    denominator, closed_form = DENOMINATORS[name]
+    now, before = torch.tensor(logp).double().view(2, 3), torch.tensor(old).double().view(2, 3)
+    batch = two_by_three(advantage).with_columns(old_logp=torch.nn.functional.pad(before, (1, 0)))
+    half = surrogate(
+        "t", on=by(Source.POLICY), per=Per(("own_tokens",)), denominator=denominator, gate=lambda r, a: 0.5 + 0 * r
+    )
+    expected = 0.5 * closed_form(now.exp(), before.exp()) * advantage / 6
+    torch.testing.assert_close(weights(half, now, batch), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_no_gradient_flows_through_denominator_gate_or_advantage() -> None:
+    """A denominator that forgets to detach is detached by the primitive."""
+    careless = surrogate(
+        "t",
+        on=by(Source.POLICY),
+        per=Per(("own_tokens",)),
+        denominator=lambda logp, batch: logp,
+        gate=lambda ratio, advantage: ratio,
+    )
+    assert torch.allclose(weights(careless, torch.full((2, 3), -1.0), two_by_three()), torch.full((2, 3), 1 / 6).double())
+
+
+def test_old_is_the_current_policy_when_a_batch_is_used_once() -> None:
+    batch = two_by_three().with_columns(behaviour_logp=torch.full((2, 4), -9.0).double())
+    logp = torch.randn(2, 4)
+    assert torch.equal(denominators.old(logp, batch), logp)
+
+
+def test_shaping_needs_a_positive_gamma() -> None:
+    with pytest.raises(ValueError, match="gamma"):
+        denominators.shaped(0.0)
+
+
+def test_what_is_logged_is_the_published_loss() -> None:
+    """-A log p for REINFORCE; the clipped loss for PPO: ratio e at A = 1 is cut at 1.2."""
+    batch = two_by_three().with_columns(old_logp=torch.full((2, 4), -2.0).double())
+    logp = torch.full((2, 4), -1.0).double()
+    on = by(Source.POLICY)(batch)
+    assert float(reinforce_loss()(Scores(logp), batch, on)[on].mean()) == 1.0
+    ppo = ppo_loss(denominators.old, 0.2, 0.2)
+    assert float(ppo(Scores(logp), batch, on)[on].mean()) == pytest.approx(-1.2)
+    minus = replace(batch, advantage=-batch.advantage)
+    assert float(ppo(Scores(logp), minus, on)[on].mean()) == pytest.approx(math.e)
+
+
+# --- weights within a sequence or group ----------------------------------------------------------------------------
+
+
+def uneven() -> Batch:
+    """Rows of 3, 1 and 2 own tokens; the first two are one group."""
+
+    def own(n: int) -> Trajectory:
+        return Trajectory((1,) * (n + 1), (Source.PROMPT,) + (Source.POLICY,) * n, reward=0.0)
+
+    return double(to_batch([Group(Example("a", "", (1,)), (own(3), own(1))), Group(Example("b", "", (1,)), (own(2),))]))
+
+
+def test_averages_within_sequences_and_groups() -> None:
+    batch = uneven()
+    on = by(Source.POLICY)(batch)
+    assert token_sum(on, batch).sum(dim=1).tolist() == [3, 1, 2]
+    torch.testing.assert_close(seq_mean(on, batch).sum(dim=1), torch.ones(3).double())
+    torch.testing.assert_close(group_mean(on, batch).sum(dim=1), torch.tensor([3 / 4, 1 / 4, 1]).double())
+    nothing = torch.zeros_like(on)
+    assert float(seq_mean(nothing, batch).sum()) == 0 == float(group_mean(nothing, batch).sum())
+
+
+def test_on_selects_by_author_and_by_rank() -> None:
+    """A rejected answer is EXPERT text too: `best_by` is on the better one only; ties are both best."""
+
+    def expert(reward: float) -> Trajectory:
+        return Trajectory((1, 2), (Source.PROMPT, Source.EXPERT), reward=reward)
+
+    def pair(name: str, *rewards: float) -> Group:
+        return Group(Example(name, "", (1,)), tuple(expert(r) for r in rewards))
+
+    batch = to_batch([pair("a", 0.0, 1.0), pair("b", 1.0, 1.0)])
+    assert by(Source.EXPERT)(batch)[:, 1].tolist() == [True] * 4
+    assert best_by(Source.EXPERT)(batch)[:, 1].tolist() == [False, True, True, True]
+    assert not by(Source.POLICY)(batch).any()
+
+
+# --- KL as a loss ---------------------------------------------------------------------------------------------------
+
+PI = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64)
+REF = torch.tensor([0.2, 0.2, 0.2, 0.4], dtype=torch.float64)
+
+
+def expected_gradient(estimator: str) -> Tensor:
+    """The gradient of the term on the logits, in expectation over own samples: every token enumerated, weighted by pi."""
+    logits = PI.log().requires_grad_()
+    term = kl("kl", on=by(Source.POLICY), per=Per(()), estimator=estimator)  # type: ignore[arg-type]
+    total = torch.zeros(4, dtype=torch.float64)
+    batch = double(tiny_batch([0.0], [0], tokens=1))
+    for token in range(4):
+        logp = torch.log_softmax(logits, dim=0)[token]
+        scores = Scores(torch.stack([torch.zeros_like(logp), logp])[None])
+        given_ref = batch.with_columns(ref_logp=torch.tensor([[math.nan, float(REF[token].log())]]).double())
+        part = term_loss(term, scores, given_ref, {"kl": 1.0})
+        assert part is not None
+        total += PI[token] * torch.autograd.grad(part.loss, logits)[0]
+    return total
+
+
+def gradient_on_logits(divergence: Tensor, logits: Tensor) -> Tensor:
+    return torch.autograd.grad(divergence, logits)[0]
+
+
+def test_k1_as_a_loss_has_no_expected_gradient() -> None:
+    assert float(expected_gradient("k1").abs().max()) < 1e-15
+
+
+def test_k2_as_a_loss_descends_the_reverse_kl() -> None:
+    logits = PI.log().requires_grad_()
+    logp = torch.log_softmax(logits, dim=0)
+    reverse = (logp.exp() * (logp - REF.log())).sum()
+    torch.testing.assert_close(expected_gradient("k2"), gradient_on_logits(reverse, logits))
+
+
+def test_k3_as_a_loss_descends_the_forward_kl() -> None:
+    logits = PI.log().requires_grad_()
+    forward = (REF * (REF.log() - torch.log_softmax(logits, dim=0))).sum()
+    torch.testing.assert_close(expected_gradient("k3"), gradient_on_logits(forward, logits))
+
+
+@given(st.floats(-5, 5))
+def test_kl_estimators_by_formula(d: float) -> None:
+    batch = double(tiny_batch([0.0], [0], tokens=1)).with_columns(ref_logp=torch.tensor([[math.nan, -1.0]]).double())
+    scores = Scores(torch.tensor([[0.0, -1.0 + d]], dtype=torch.float64))
+    for estimator, formula in (("k1", d), ("k2", d * d / 2), ("k3", math.exp(-d) - 1 + d)):
+        part = term_loss(kl("kl", on=by(Source.POLICY), per=Per(()), estimator=estimator), scores, batch, {"kl": 1.0})  # type: ignore[arg-type]
+        assert part is not None and part.logged == pytest.approx(formula, abs=1e-9)
+
+
+def test_an_unknown_estimator_is_refused() -> None:
+    with pytest.raises(ValueError, match="k1, k2, k3"):
+        kl("kl", on=by(Source.POLICY), per=Per(()), estimator="k4")  # type: ignore[arg-type]
+
+
+def test_an_unknown_reference_is_not_read_as_certainty() -> None:
+    """NaN in a column that a term reads makes its loss NaN, never 0."""
+    batch = double(tiny_batch([0.0], [0], tokens=1)).with_columns(ref_logp=torch.full((1, 2), math.nan).double())
+    part = term_loss(kl("kl", on=by(Source.POLICY), per=Per(())), Scores(torch.zeros(1, 2).double()), batch, {"kl": 1.0})
+    assert part is not None and math.isnan(part.logged)
+
+
+def test_a_coefficient_may_be_a_schedule_over_optimizer_steps() -> None:
+    term = nll("t", on=by(Source.POLICY), per=Per(("own_tokens",)), coef=lambda step: 1.0 / (step + 1))
+    batch = two_by_three()
+    first = weights(term, torch.zeros(2, 3), batch)
+    fourth = weights(term, torch.zeros(2, 3), replace(batch, step=3))
+    torch.testing.assert_close(first, 4 * fourth)
+
+
+def test_a_gate_that_is_always_open_changes_nothing() -> None:
+    ratio = torch.rand(3)
+    assert torch.equal(gates.always(ratio, -ratio), torch.ones(3))
