@@ -14,7 +14,8 @@ def dpo(beta: float = 0.1, label_smoothing: float = 0.0) -> Method:
 
     Loss: mean over pairs of -log sigmoid(beta (d_chosen - d_rejected)), d = sum_t log pi(y_t) - log ref(y_t).
     Weight on grad log pi: +- beta sigmoid(-beta (d_chosen - d_rejected)) / N_pairs on every token of the answer.
-    The reference is the model the stage started from. label_smoothing e in [0, 0.5) is conservative DPO.
+    The reference is the model the stage started from. label_smoothing e in [0, 0.5) is conservative DPO
+    (TRL's setting of that name belongs to its loss `robust`, another formula).
     """
     if beta <= 0:
         raise ValueError(f"beta: got {beta}; it must be positive")

@@ -39,7 +39,7 @@ def grpo(
     step (DAPO); "constant" by sequences times max_completion_length (Dr. GRPO). num_iterations, minibatches: inner
     updates per collected batch; with one, r = 1 and the clip is inert. dynamic_sampling: up to that many draws per step to
     replace groups whose rewards are all equal (1: keep them, as the paper does).
-    TRL's GRPO differs in its defaults: beta 0 and DAPO's token average.
+    TRL's GRPO differs in its defaults: beta 0, DAPO's token average, and a KL term multiplied by r (use_bias_correction_kl).
     """
     _check(beta, scale_rewards, average, max_completion_length, dynamic_sampling)
     high = epsilon if epsilon_high is None else epsilon_high
