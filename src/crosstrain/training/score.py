@@ -186,9 +186,12 @@ def _mask_for(model: Any, mask: Tensor) -> Tensor:
 def choose_layout(model: Any) -> Layout:
     """ "shared" when the model honours a custom mask and positions, else "plain".
 
-    Found by trying: three short responses to one prompt must score as they do line by line, and changing one of them must not
-    touch the others. Whether an architecture honours a custom mask cannot be read off its name.
+    Found by trying: three short responses to one prompt must score as they do line by line, and changing the first must not
+    touch those after it. Whether an architecture honours a custom mask cannot be read off its name. A model with local attention
+    gets "plain": in a shared line, columns are not positions, so a window would have to be part of the mask.
     """
+    if _has_local_attention(model):
+        return "plain"
     parameter = next(model.parameters())
     one, other = (_probe(model, k).to(parameter.device) for k in (1, 2))
     training = model.training
@@ -206,15 +209,25 @@ def choose_layout(model: Any) -> Layout:
     exact = parameter.dtype in (torch.float32, torch.float64)
     gap = (plain - shared).abs()
     agrees = float(gap.max()) < 1e-3 if exact else float(gap[one.trained].mean()) < 0.3
-    leaks = float((shared - changed)[:2].abs().max()) > (1e-4 if exact else 0.05)
+    # the layout stays the same here, so that even bf16 gives equal bits where nothing leaks
+    leaks = float((shared - changed)[1:].abs().max()) > 1e-4
     return "shared" if agrees and not leaks else "plain"
 
 
-def _probe(model: Any, last: int) -> Batch:
-    """Three responses to one prompt, the last of which depends on `last`."""
+def _has_local_attention(model: Any) -> bool:
+    """Whether some layer sees only a window or chunk of what came before."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "layer_types", None)
+    if layers is not None:
+        return any(kind != "full_attention" for kind in layers)
+    return getattr(config, "sliding_window", None) is not None
+
+
+def _probe(model: Any, first: int) -> Batch:
+    """Three responses to one prompt, the first of which depends on `first`."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     prompt = tuple((7 * i + 3) % vocabulary for i in range(5))
-    responses = [tuple((11 * (i + 3 * k) + 5) % vocabulary for i in range(3)) for k in (0, 1, 1 + last)]
+    responses = [tuple((11 * (i + 3 * k) + 5) % vocabulary for i in range(3)) for k in (first, 3, 4)]
     source = (Source.PROMPT,) * 5 + (Source.POLICY,) * 3
     return to_batch([Group(Example("probe", "", prompt), tuple(Trajectory(prompt + r, source) for r in responses))])
 
