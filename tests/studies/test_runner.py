@@ -233,6 +233,17 @@ def test_a_wrong_setting_stops_the_study_before_anything_is_lost(tmp_path: Path)
         run(tmp_path, Fakes(before_step=wrong))
 
 
+def test_a_mistake_in_the_very_first_run_stops_the_study_for_it_would_come_back_in_every_run(tmp_path: Path) -> None:
+    def wrong(recipe: Recipe, step: int) -> None:
+        if step == 3:
+            raise UserError("task sums: its reward gave None for dev:0")
+
+    fakes = Fakes(before_step=wrong)
+    with pytest.raises(UserError, match="its reward gave None"):
+        run(tmp_path, fakes)
+    assert fakes.names() == ["sft/seed-0"]
+
+
 def test_when_nothing_works_the_study_ends_after_the_first_seed(tmp_path: Path) -> None:
     def broken(recipe: Recipe, step: int) -> None:
         raise ZeroDivisionError("boom")

@@ -58,20 +58,27 @@ class Attempt:
 
 
 def attempt(
-    actions: Actions, recipe: Recipe, folder: Path, *, base: Any = None, save_weights: bool = False, display: Any = None
+    actions: Actions,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    first: bool,
+    base: Any = None,
+    save_weights: bool = False,
+    display: Any = None,
 ) -> Attempt:
     """Run a recipe in its folder, resuming what is there, and say how it ended.
 
     An exception is written to the folder's record.json as `status: failed` with its message, and the study goes on; started
-    again, the study tries that run again. Two kinds stop the study: Ctrl-C, and a UserError before the run's first step,
-    because then a setting is wrong that the user can mend.
+    again, the study tries that run again. Two kinds stop the study: Ctrl-C, and a UserError that probably concerns every run:
+    one raised before the run's first step, or while no run has finished yet (`first`).
     """
     _forget_failure(folder)
     try:
         result = actions.train(recipe, folder, base=base, save_weights=save_weights, display=display)
         return Attempt(evaluation=result.evaluation)
     except Exception as error:
-        if isinstance(error, UserError) and not read_lines(folder / "metrics.jsonl"):
+        if isinstance(error, UserError) and (first or not read_lines(folder / "metrics.jsonl")):
             raise
         _note_failure(folder, error)
         return Attempt(error=_message(error))

@@ -167,11 +167,14 @@ class _Study:
 
     def _one(self, run: StudyRun, title: str, base: Any, clock: Clock) -> None:
         folder = self.out / run.folder
+        first = len(self._pending()) == len(self.runs)
         resumed = bool(read_lines(folder / "metrics.jsonl"))
         self.display.begin(title, run.arm)
         recipe = self.spec.recipe(run.arm, run.seed)
         started = time.monotonic()
-        ended = attempt(self.actions, recipe, folder, base=base, save_weights=run.save_weights, display=self.display)
+        ended = attempt(
+            self.actions, recipe, folder, first=first, base=base, save_weights=run.save_weights, display=self.display
+        )
         seconds = time.monotonic() - started
         self.display.finish()
         if ended.error is not None:

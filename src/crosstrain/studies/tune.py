@@ -74,7 +74,9 @@ def search(spec: StudySpec, out: Path, actions: Actions, display: Any, say: Call
         for trial in planned_trials(spec, arm):
             display.begin(f"trial {len(trials) + len(found) + 1} of {total} ({arm.name} at {trial.learning_rate:g})")
             fresh, started = not is_finished(out / trial.folder), time.monotonic()
-            found.append(_run(spec, with_rates(arm, (*before, trial.learning_rate)), trial, out, actions, display))
+            first = all(one.value is None for one in (*trials, *found))
+            rated = with_rates(arm, (*before, trial.learning_rate))
+            found.append(_run(spec, rated, trial, out, actions, display, first=first))
             if fresh:
                 seconds.append(time.monotonic() - started)
             say(f"{display.title}: {_result(found[-1], spec.tune.metric)}{_left(seconds, total - len(trials) - len(found))}")
@@ -182,10 +184,10 @@ def _left(seconds: Sequence[float], trials: int) -> str:
     return f"; {about(statistics.fmean(seconds) * trials)} of the search left" if seconds and trials else ""
 
 
-def _run(spec: StudySpec, arm: ArmSpec, trial: Trial, out: Path, actions: Actions, display: Any) -> Trial:
+def _run(spec: StudySpec, arm: ArmSpec, trial: Trial, out: Path, actions: Actions, display: Any, *, first: bool) -> Trial:
     assert spec.tune is not None
     recipe = trial_recipe(spec, arm, trial.seed)
-    ended = attempt(actions, recipe, out / trial.folder, display=display)
+    ended = attempt(actions, recipe, out / trial.folder, first=first, display=display)
     if ended.error is not None:
         return replace(trial, error=ended.error)
     return replace(trial, value=dev_value(ended.evaluation, spec.tune.metric))
