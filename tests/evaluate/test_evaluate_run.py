@@ -89,7 +89,6 @@ def test_the_file_has_its_schema_and_is_json(found: Evaluated) -> None:
     assert kinds == {
         "test": ("in_distribution", "letters", 3, 8),
         "shifted": ("out_of_distribution", "letters", 3, 8),
-        "dev": ("dev", "letters", 3, 1),
     }
     for s in e["sets"].values():
         for q in s["questions"]:
@@ -103,7 +102,7 @@ def test_the_file_has_its_schema_and_is_json(found: Evaluated) -> None:
     assert set(e["seconds"]) == {"sampling", "forgetting", "prose", "forward_kl", "reverse_kl"}
     assert set(e["metrics"]) == {
         *("accuracy", "pass@1", "pass@2", "pass@4", "response_length", "unparsed_frac", "distinct_frac"),
-        *("ood_accuracy", "dev_accuracy", "forgetting/nll", "forgetting/accuracy", "prose/nll"),
+        *("ood_accuracy", "forgetting/nll", "forgetting/accuracy", "prose/nll"),
         *("forward_kl", "reverse_kl", "entropy"),
     }
 
@@ -117,7 +116,7 @@ def test_every_number_follows_from_the_samples(found: Evaluated) -> None:
     for name, s in found.evaluation["sets"].items():
         for i, q in enumerate(s["questions"]):
             lines = by_question[name, q["id"]]
-            split = {"test": "test", "shifted": "ood", "dev": "dev"}[name]
+            split = {"test": "test", "shifted": "ood"}[name]
             assert all(line["prompt"] == f"{split} 0 {i}" for line in lines)
             replies = [line["completion"] for line in lines]
             assert q["correct"] == [float("e" in r) for r in replies] == [line["correct"] for line in lines]
@@ -157,13 +156,13 @@ def test_the_same_model_and_seed_give_the_same_file_and_another_seed_other_sampl
 
 
 def test_questions_do_not_change_when_another_set_is_added() -> None:
-    alone = evaluate(BASE, spec(out_of_distribution=[], dev=None, forgetting=False))
+    alone = evaluate(BASE, spec(out_of_distribution=[], forgetting=False))
     together = evaluate(BASE, spec(forgetting=False))
     assert alone.evaluation["sets"]["test"] == together.evaluation["sets"]["test"]
 
 
 def test_what_is_switched_off_is_missing_and_not_zero() -> None:
-    s = spec(forgetting=False, divergence=False, in_distribution=[], dev=None)
+    s = spec(forgetting=False, divergence=False, in_distribution=[])
     # base answers may be around although this evaluation does not compare
     found = evaluate(BASE, s, base=evaluate(BASE).answers)
     assert set(found.evaluation["metrics"]) == {"ood_accuracy"}
@@ -197,33 +196,32 @@ def test_base_answers_to_other_questions_are_refused() -> None:
     ("scores", "message"),
     [
         (lambda n: [None] * n, "gave None for test:0"),
-        (lambda n: [0.0] * (n - 1) + [math.nan], "gave nan for dev:2"),
+        (lambda n: [0.0] * (n - 1) + [math.nan], "gave nan for shifted:3"),
         (lambda n: [0.0], "1 scores for"),
     ],
 )
 def test_a_task_that_cannot_score_is_an_error(scores: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = letters(lambda completions, **columns: scores(len(completions)))
     fine = letters(lambda completions, **columns: [0.0] * len(completions))
-    only_dev = "dev:" in message
-    tasks = iter([fine, fine, broken] if only_dev else [broken, broken, broken])
+    tasks = iter([fine, broken] if "shifted" in message else [broken, fine])
     monkeypatch.setattr(sets, "get_task", lambda name, **config: next(tasks))
     with pytest.raises(UserError, match=message):
         evaluate(BASE)
 
 
-def test_a_dev_set_needs_a_name_of_its_own() -> None:
-    with pytest.raises(UserError, match="another set is called 'test'"):
-        evaluate(BASE, spec(dev={"name": "test", "task": "letters", "size": 3}))
-
-
-def test_dev_metrics_are_those_of_the_dev_set() -> None:
-    s = spec(forgetting=False, divergence=False, dev_samples=4)
+def test_dev_metrics_are_those_of_its_questions() -> None:
+    s = spec(forgetting=False, divergence=False, dev_samples=8)
     measured = measure_dev(BASE, TOKENIZER, s, sampling=SAMPLING, seed=0)
-    dev = evaluate(BASE, s).evaluation["sets"]["dev"]["metrics"]
-    assert measured == {f"eval_{name}": value for name, value in dev.items()}
+    as_test = spec(in_distribution=[s.dev], out_of_distribution=[], pass_at_k=[], forgetting=False, divergence=False)
+    found = evaluate(BASE, as_test)
+    assert measured == {f"eval_{name}": value for name, value in found.evaluation["metrics"].items()}
     assert set(measured) == {f"eval_{n}" for n in ("accuracy", "response_length", "unparsed_frac", "distinct_frac")}
     with pytest.raises(UserError, match="no development questions"):
         measure_dev(BASE, TOKENIZER, spec(dev=None), sampling=SAMPLING, seed=0)
+
+
+def test_development_questions_are_not_part_of_the_final_evaluation() -> None:
+    assert set(evaluate(BASE, spec(forgetting=False)).evaluation["sets"]) == {"test", "shifted"}
 
 
 def test_the_model_is_left_in_the_mode_it_came_in() -> None:

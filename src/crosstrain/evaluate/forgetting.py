@@ -12,7 +12,7 @@ from crosstrain.evaluate.suite import Passage, Question, is_right
 from crosstrain.rollout.sampler import Prompt, Sampler, Sampling
 from crosstrain.training.score import Layout
 
-ANSWER_TOKENS = 16
+ANSWER_TOKENS = 12
 """Greedy replies are cut here: the longest gold answer has 5 tokens (SmolLM2), and a full sentence still names it."""
 
 

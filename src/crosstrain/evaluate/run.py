@@ -98,14 +98,10 @@ def measure_dev(model: Any, tokenizer: Any, spec: EvaluationSpec, *, sampling: S
 
 
 def load_sets(spec: EvaluationSpec, tokenizer: Any) -> list[QuestionSet]:
-    """Every set of questions that `spec` names, the development set last."""
+    """The in-distribution sets, then the out-of-distribution ones; `dev` is for looks during training (see `measure_dev`)."""
     n = spec.samples_per_question
     sets = [load_set(s, "in_distribution", tokenizer, n) for s in spec.in_distribution]
     sets += [load_set(s, "out_of_distribution", tokenizer, n) for s in spec.out_of_distribution]
-    if spec.dev is not None:
-        if spec.dev.name in {s.name for s in sets}:
-            raise UserError(f"evaluation.dev: another set is called {spec.dev.name!r} too; give it a name of its own")
-        sets.append(load_set(spec.dev, "dev", tokenizer, spec.dev_samples))
     return sets
 
 
@@ -120,9 +116,8 @@ def summary(evaluation: Mapping[str, Any], ks: Sequence[int]) -> dict[str, float
     metrics: dict[str, float] = {}
     if own := pooled.get("in_distribution"):
         metrics |= set_metrics(own, ks)
-    for kind, name in (("out_of_distribution", "ood_accuracy"), ("dev", "dev_accuracy")):
-        if found := pooled.get(kind):
-            metrics[name] = set_metrics(found, ())["accuracy"]
+    if found := pooled.get("out_of_distribution"):
+        metrics["ood_accuracy"] = set_metrics(found, ())["accuracy"]
     if forgotten := evaluation.get("forgetting"):
         metrics["forgetting/nll"] = statistics.fmean(q["nll"] for q in forgotten["questions"])
         metrics["forgetting/accuracy"] = statistics.fmean(q["correct"] for q in forgotten["questions"])
