@@ -69,7 +69,8 @@ def collect(
     """`batch_size` groups as `method` wants them, from where the streams stand.
 
     Groups that select drops are replaced from further draws, at most `plan.max_draws` draws in all; what a later draw collects
-    beyond batch_size is left out, so that a step never grows.
+    beyond batch_size is left out, so that a step never grows. Completions whose reward is missing are left out of their group,
+    and a group with no other completions is dropped: what cannot be credited is not trained on (`rewarded` still has it).
     """
     kept: list[Group] = []
     rewarded: list[Group] = []
@@ -92,7 +93,8 @@ def collect(
         groups, usage = rounds(method, state, groups, sampler, sampling, rewards, truncation, seed, step)
         prefill, generated = prefill + usage[0], generated + usage[1]
         rewarded += groups
-        kept += [chosen for g in groups if (chosen := method.select(g, state)) is not None]
+        known = [g for g in map(_with_known_rewards, groups) if g is not None]
+        kept += [chosen for g in known if (chosen := method.select(g, state)) is not None]
         if len(kept) >= batch_size:
             break
     return Collected(kept[:batch_size], rewarded, positions, prefill, generated)
@@ -168,6 +170,15 @@ def _trajectory(example: Example, request: Request, completion: Completion, step
         policy_version=step,
         finished=completion.finished,
     )
+
+
+def _with_known_rewards(group: Group) -> Group | None:
+    own = group.by(Source.POLICY)
+    known = [t for t in own if t.reward is not None]
+    if len(known) == len(own):
+        return group
+    left = tuple(t for t in group.trajectories if t.reward is not None or not t.wrote(Source.POLICY))
+    return replace(group, trajectories=left) if known else None
 
 
 def _penalised(group: Group, truncation: Truncation) -> Group:
