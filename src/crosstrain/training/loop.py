@@ -110,6 +110,7 @@ def train_stage(
 
     Raises NonFinite when a loss or gradient is not a number, UserError when data or rewards cannot serve the method.
     """
+    _check_ends(method, settings)
     while stage_progress(settings, progress) < 1.0:
         started = time.perf_counter()
         torch.manual_seed(_step_seed(engine.seed, progress.step))  # dropout depends on (seed, step), not on history
@@ -142,8 +143,8 @@ def train_stage(
                 )
                 learning_rate = settings.learning_rate * factor
                 line = update(engine, method, minibatch, optimizer, settings, learning_rate, progress, collected)
-                cost = cost.forward_backward(distinct_tokens(minibatch), engine.parameters)
                 if line is not None:
+                    cost = cost.forward_backward(distinct_tokens(minibatch), engine.parameters)
                     lines.append(line)
                     progress.optimizer_steps += 1
         cost = cost.used_demonstrations(sum(len(g.by(Source.EXPERT)) for g in collected.groups) * method.updates.epochs)
@@ -157,6 +158,16 @@ def train_stage(
         progress.step += 1
         progress.stage_step += 1
         yield Step({**metrics, "skipped_steps": float(progress.skipped), **progress.cost.as_metrics()}, collected.groups)
+
+
+def _check_ends(method: Method, settings: StageSettings) -> None:
+    """UserError when the only thing that could end the stage is a budget that the method never spends."""
+    spends = {"generated_tokens": method.plan.samples, "demonstrations": method.plan.needs_expert is not None}
+    if settings.max_steps is None and not spends.get(settings.budget_unit or "", settings.budget_unit is not None):
+        raise UserError(
+            f"budget.unit: a stage of {method.name} spends no {settings.budget_unit} and would never end; "
+            "use processed_tokens or flops, or give the stage max_steps"
+        )
 
 
 def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tuple[Batch, Cost]:
@@ -204,7 +215,8 @@ def minibatches(batch: Batch, method: Method, seed: int, step: int) -> Iterator[
     for epoch in range(method.updates.epochs):
         generator = torch.Generator().manual_seed(_step_seed(seed, step) + epoch)
         order = groups[torch.randperm(len(groups), generator=generator).to(groups.device)]
-        for part in order.chunk(method.updates.minibatches):
+        # as even as can be: chunk(4) would cut six groups into three parts, which is an optimizer step too few
+        for part in order.tensor_split(min(method.updates.minibatches, len(groups))):
             yield batch.rows(torch.nonzero(torch.isin(batch.group, part)).flatten())
 
 
