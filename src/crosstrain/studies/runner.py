@@ -156,7 +156,7 @@ class _Study:
         self.display.clock = clock
         if pending:
             known = "measured" if clock.measured else "training time is still rough, evaluation measured"
-            self.say(f"{len(pending)} runs to go, {about(clock.left())} ({known})")
+            self.say(f"runs to go: {len(pending)}, {about(clock.left())} ({known})")
         for i, run in enumerate(self.runs):
             if run in pending:
                 clock.waiting = clock.waiting[1:]
