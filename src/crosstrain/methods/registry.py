@@ -66,11 +66,15 @@ def load_method(name: str, **settings: Any) -> Method:
     for key in settings:
         if key not in allowed:
             raise UserError(f"method {name}: unknown setting {key!r}; {nearest(key, allowed)}")
+    required = [key for key, p in allowed.items() if p.default is p.empty and key not in settings]
+    if required:
+        raise UserError(f"method {name}: the setting {required[0]!r} has no default; give it a value")
     try:
         made = factory(**settings)
     except ValueError as error:
         raise UserError(f"method {name}: {error}") from error
-    return made if made.name else replace(made, name=name, settings=dict(settings))
+    defaults = {key: p.default for key, p in allowed.items()}
+    return made if made.name else replace(made, name=name, settings={**defaults, **settings})
 
 
 def _by_name(name: str) -> Factory:

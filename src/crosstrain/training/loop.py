@@ -290,7 +290,8 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
         meter.add_loss(term.name, part.logged)
         if found[0] is not None:
             meter.add_weights(term.name, -found[0], batch)
-            policy_weights += found[0]
+            # a gate belongs to a ratio: what other terms add to the same token says nothing about it
+            policy_weights += found[0] if "old_logp" in term.needs else 0.0
     torch.autograd.backward(inputs, gradients)
     meter.add_scores(batch, logp, scores.channels["entropy"].detach(), scores.channels["correct"], used)
     if "old_logp" in batch.columns:
