@@ -2,24 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.func import functional_call
+
+from crosstrain.errors import UserError
+
+PROBE_LOGIT = 40.0
+"""Largest logit of the check: large enough that a soft cap (30 in Gemma 2) bends it, small enough for fp16."""
 
 
-def head_logits(model: Any, hidden: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Logits of hidden states [..., D] as the model's own forward would give them, [..., V], in fp32 (fp64 stays fp64).
+def head_logits(model: Any, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Logits [..., V] of hidden states [..., D], as the model's own forward gives them but in fp32 (fp64 stays fp64).
 
-    weight: the head's weight already cast (see `head_weight`), to save casting it for every call.
-    Covers what published architectures do after the head: soft caps (Gemma), scales (Cohere, Granite).
+    parameters: the head's parameters already cast (see `head_parameters`), to save casting them in every call.
+    What a head is made of does not matter: LoRA on it, or a trained copy of it, is used. After the head come the scales and
+    soft caps of published architectures (Cohere, Granite, Gemma); `check_head` finds models that do something else.
     """
+    if parameters is None:
+        parameters = head_parameters(model)
+    dtype = next(iter(parameters.values())).dtype
+    logits: Tensor = functional_call(model.get_output_embeddings(), dict(parameters), (hidden.to(dtype),))
+    return _after_head(model, logits)
+
+
+def head_parameters(model: Any) -> dict[str, Tensor]:
+    """The head's parameters by name, in at least fp32, with gradient to the model's own."""
     head = model.get_output_embeddings()
-    if weight is None:
-        weight = head_weight(model)
-    bias = getattr(head, "bias", None)
-    logits = F.linear(hidden.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+    return {name: p if p.dtype == torch.float64 else p.float() for name, p in head.named_parameters()}
+
+
+def _after_head(model: Any, logits: Tensor) -> Tensor:
     config = model.config.get_text_config()
     scale = getattr(config, "logit_scale", None)
     if scale is not None:
@@ -33,7 +50,62 @@ def head_logits(model: Any, hidden: Tensor, weight: Tensor | None = None) -> Ten
     return logits
 
 
-def head_weight(model: Any) -> Tensor:
-    """The head's weight in at least fp32, with gradient to the parameter."""
-    weight: Tensor = model.get_output_embeddings().weight
-    return weight if weight.dtype == torch.float64 else weight.float()
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, without gradients; every module's own mode is put back afterwards."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def check_head(model: Any) -> None:
+    """Nothing, when `head_logits` after the decoder is what the model's own forward computes.
+
+    Runs three tokens through the model with its head replaced by known logits from -40 to 40, so that a soft cap or scale shows
+    however small the model's own logits are, and compares what goes into the head with the decoder's output.
+
+    Raises UserError for a model that does something else before, in or after its head.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise UserError(f"{_name(model)}: it has no output embeddings, so it gives no next-token probabilities")
+    device = next(head.parameters()).device
+    seen: list[Tensor] = []
+    known: list[Tensor] = []
+
+    def replace(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        seen.append(args[0])
+        ramp = torch.linspace(-PROBE_LOGIT, PROBE_LOGIT, output.shape[-1], device=output.device)
+        known.append(ramp.to(output.dtype).expand_as(output).clone())
+        return known[-1]
+
+    ids = torch.arange(3, device=device)[None]
+    with evaluation_mode(model):
+        handle = head.register_forward_hook(replace)
+        try:
+            given = model(input_ids=ids, use_cache=False).logits
+        finally:
+            handle.remove()
+        hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    if len(seen) != 1 or not _close(seen[0], hidden, rtol=0.01, atol=1e-5):
+        raise UserError(f"{_name(model)}: its head does not read the decoder's last hidden states as they are{_CONSEQUENCE}")
+    exact = given.dtype in (torch.float32, torch.float64)
+    expected = _after_head(model, known[0] if exact else known[0].float()).to(given.dtype)
+    if not _close(given, expected, rtol=1e-5 if exact else 0.02, atol=1e-4):
+        raise UserError(f"{_name(model)}: its forward changes logits after the head in a way that is not known{_CONSEQUENCE}")
+
+
+def _close(one: Tensor, other: Tensor, rtol: float, atol: float) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=rtol, atol=atol, equal_nan=True)
+
+
+_CONSEQUENCE = "; its log-probs cannot be computed in pieces. Supported: scaled and soft-capped logits (Cohere, Granite, Gemma)"
+
+
+def _name(model: Any) -> str:
+    return f"model {type(model).__name__} ({model.config.model_type})"

@@ -1,53 +1,96 @@
-"""Keys and values of a decode batch in preallocated memory."""
+"""Keys and values of a batch, in memory that is allocated once."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 
 class PreallocatedCache:
-    """Keys and values [rows, heads, width, dim] of every layer, written in place, as transformers' attention calls it.
+    """Keys and values [rows, heads, capacity, dim] of every layer, written in place, as transformers' models call a cache.
 
-    Not a transformers Cache: attention only needs `update` and the model only `get_seq_length`; masks and positions are given.
+    Rows are aligned on the right: all of them write to the same column, and shorter ones have unused columns on the left.
+    It is not a transformers Cache, which grows by concatenation or cannot change its rows: attention asks for `update`, the
+    mask for the lengths, and nothing else. Models that ask for more (state-space layers, layers that share keys) are not served.
+
+    real: [rows, capacity] bool, the columns that hold a token of the row. length: columns written so far.
     """
 
     is_compileable = False
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    def __init__(self, real: Tensor) -> None:
+        self.real = real
         self.length = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add the new positions of a layer and return all of its keys and values so far."""
-        if layer_idx == len(self.keys):
-            rows, heads, _, _ = key.shape
-            self.keys.append(key.new_empty(rows, heads, self.width, key.shape[-1]))
-            self.values.append(value.new_empty(rows, heads, self.width, value.shape[-1]))
-        end = self.length + key.shape[2]
-        self.keys[layer_idx][:, :, self.length : end] = key
-        self.values[layer_idx][:, :, self.length : end] = value
-        return self.keys[layer_idx][:, :, :end], self.values[layer_idx][:, :, :end]
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return int(self.real.shape[0])
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Positions written so far."""
+    @property
+    def capacity(self) -> int:
+        """How many columns there is room for."""
+        return int(self.real.shape[1])
+
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add the new columns of a layer, [rows, heads, new, dim], and return all of its keys and values so far."""
+        if layer_idx == len(self.keys):  # a prefill, which fills its columns at once
+            self.keys.append(key)
+            self.values.append(value)
+            return key, value
+        end = self.length + key.shape[2]
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+    def advance(self, columns: int) -> None:
+        """After a forward pass over new columns."""
+        self.length += columns
+
+    def mask(self, columns: int) -> Tensor:
+        """[rows, length + columns] bool: transformers' padding mask for a forward pass over new columns."""
+        return self.real[:, : self.length + columns]
+
+    def get_seq_length(self, layer_idx: int | None = 0) -> int:
+        """Columns written before the current forward pass."""
         return self.length
 
-    def advance(self, n: int) -> None:
-        """After a forward pass over `n` new positions."""
-        self.length += n
+    get_query_offset = get_seq_length
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order; a row may be taken several times (a prompt for each of its completions)."""
-        self.keys = [_written(k, rows, self.length) for k in self.keys]
-        self.values = [_written(v, rows, self.length) for v in self.values]
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """How many columns attention will see, and the first of them."""
+        return self.length + query_length, 0
 
 
-def _written(tensor: Tensor, rows: Tensor, length: int) -> Tensor:
-    """The rows of a cache tensor, copying only the positions written so far."""
-    result = tensor.new_empty(len(rows), *tensor.shape[1:])
-    result[:, :, :length] = tensor[:, :, :length].index_select(0, rows)
-    return result
+def merge(parts: Sequence[tuple[PreallocatedCache, Tensor]], room: int) -> PreallocatedCache:
+    """One cache of the chosen rows of each part, with room for further columns. The parts are emptied.
+
+    parts: caches with the rows to take, in order; a row may be taken several times (a prompt for each of its completions).
+    Columns that no chosen row uses are dropped. A layer's old memory is freed before the next is allocated.
+    """
+    used = [cache.real[rows, : cache.length] for cache, rows in parts]
+    needs = [int(real.shape[1] - real.any(dim=0).int().argmax()) for real in used]
+    columns, total = max(needs), sum(len(real) for real in used)
+    real = used[0].new_zeros(total, columns + room)
+    real[:, columns:] = True
+    starts = [sum(len(u) for u in used[:i]) for i in range(len(used))]
+    for u, need, start in zip(used, needs, starts, strict=True):
+        real[start : start + len(u), columns - need : columns] = u[:, u.shape[1] - need :]
+    merged = PreallocatedCache(real)
+    merged.length = columns
+    for layer in range(len(parts[0][0].keys)):
+        for name in ("keys", "values"):
+            source: list[Tensor] = [getattr(cache, name)[layer] for cache, _ in parts]
+            # zeros in the columns that are added: attention gives them weight 0, and 0 * NaN would be NaN
+            target = source[0].new_zeros(total, source[0].shape[1], columns + room, source[0].shape[3])
+            for (cache, rows), tensor, need, start in zip(parts, source, needs, starts, strict=True):
+                taken = tensor[:, :, cache.length - need : cache.length].index_select(0, rows)
+                target[start : start + len(rows), :, columns - need : columns] = taken
+                getattr(cache, name)[layer] = tensor.new_empty(0)
+            getattr(merged, name).append(target)
+    return merged

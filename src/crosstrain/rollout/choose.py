@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 BLOCK = 256
+"""Tokens summed together before the running sum: a running sum over a whole vocabulary is slower and less exact."""
+
+NUCLEUS = 512
+"""Tokens looked at first for top-p; where they do not reach it, all are sorted."""
 
 
 def choose(
@@ -13,54 +18,83 @@ def choose(
 ) -> tuple[Tensor, Tensor]:
     """The next token of each row and its log-prob, [R] and [R].
 
-    logits: [R, V] in fp32. uniform: [R] in [0, 1). greedy: [R] bool, rows that take the most likely token instead. The log-prob
-    is under softmax(logits / temperature), before top-p and top-k; at temperature 0 under softmax(logits).
+    logits: [R, V] in at least fp32. uniform: [R] in [0, 1). greedy: [R] bool, rows that take the most likely token. The
+    log-prob is under softmax(logits / temperature) over the whole vocabulary, whatever top_p and top_k remove; at temperature 0
+    under softmax(logits). It is NaN where logits are NaN.
+
+    >>> logits = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
+    >>> choose(logits, torch.tensor([0.05, 0.99]), 1.0, 1.0, 0, torch.tensor([False, False]))[0]
+    tensor([0, 2])
     """
-    scaled = logits / temperature if temperature > 0 else logits
-    logp = scaled - torch.logsumexp(scaled, dim=1, keepdim=True)
-    likeliest = logits.argmax(dim=1)
-    if temperature == 0 or bool(greedy.all()):
-        token = likeliest
-    else:
-        probability = keep_likely(logp, top_p, top_k).exp() if top_k or top_p < 1 else logp.exp()
-        token = torch.where(greedy, likeliest, inverse_cdf(probability, uniform))
-    return token, logp.gather(1, token[:, None])[:, 0]
+    scale = temperature if temperature > 0 else 1.0
+    highest, token = logits.max(dim=1)
+    weight = (logits - highest[:, None]).div_(scale).exp_()
+    if temperature > 0 and not bool(greedy.all()):
+        token = torch.where(greedy, token, _draw(weight, uniform, top_p, top_k))
+    chosen = (logits.gather(1, token[:, None])[:, 0] - highest) / scale
+    return token, chosen - weight.sum(dim=1).log()
 
 
-def inverse_cdf(probability: Tensor, uniform: Tensor) -> Tensor:
-    """[R]: the first index at which the running sum of `probability` [R, V] passes uniform * its total.
+def _draw(weight: Tensor, uniform: Tensor, top_p: float, top_k: int) -> Tensor:
+    size = weight.shape[1]
+    if top_p == 1 and (top_k == 0 or top_k >= size):
+        return inverse_cdf(weight, uniform)
+    likely, index = keep_likely(weight, top_p, top_k)
+    return index.gather(1, inverse_cdf(likely, uniform)[:, None])[:, 0]
 
-    In two levels, blocks of 256 and then tokens, so that no running sum over the whole vocabulary is made. A token of
-    probability 0 is never chosen, whatever the rounding. Rows need not sum to 1.
+
+def inverse_cdf(weight: Tensor, uniform: Tensor) -> Tensor:
+    """[R]: the first index at which the running sum of `weight` [R, V] passes uniform * its total.
+
+    In two levels, blocks of 256 and then single tokens. A token of weight 0 is never chosen, whatever the rounding, as long as
+    one is positive. Rows need not sum to 1.
+
+    >>> inverse_cdf(torch.tensor([[0.0, 2.0, 6.0, 0.0]]).expand(3, 4), torch.tensor([0.0, 0.24, 1.0]))
+    tensor([1, 1, 2])
     """
-    rows, size = probability.shape
-    padded = torch.nn.functional.pad(probability, (0, -size % BLOCK)).view(rows, -1, BLOCK)
-    running = padded.sum(dim=2).cumsum(dim=1)
-    target = _below(uniform.to(running.dtype) * running[:, -1], running[:, -1])
-    block = (running <= target[:, None]).sum(dim=1)
-    before = torch.where(block > 0, running.gather(1, (block - 1).clamp(min=0)[:, None])[:, 0], torch.zeros_like(target))
-    inside = padded[torch.arange(rows, device=probability.device), block].cumsum(dim=1)
-    rest = _below((target - before).clamp(min=0), inside[:, -1])
-    return block * BLOCK + (inside <= rest[:, None]).sum(dim=1)
+    rows, size = weight.shape
+    if size % BLOCK:
+        weight = F.pad(weight, (0, -size % BLOCK))
+    blocks = weight.view(rows, -1, BLOCK)
+    sums = blocks.sum(dim=2)
+    block, rest = _first_past(sums, uniform.to(sums.dtype) * sums.sum(dim=1))
+    inside, _ = _first_past(blocks[torch.arange(rows, device=weight.device), block], rest)
+    return block * BLOCK + inside
 
 
-def keep_likely(logp: Tensor, top_p: float, top_k: int) -> Tensor:
-    """Log-probs [R, V] with all but the top-k, then all but the top-p tokens of what remains, set to -inf.
+def _first_past(weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The first index of positive weight [R, n] whose running sum passes `target` [R], and the target less the sum before it.
 
-    top-p keeps the smallest set whose probability, renormalised after top-k, reaches `top_p`; at least one token always stays.
+    A target at or past the end, which rounding can make, falls on an index of positive weight all the same.
     """
-    if top_k and top_k < logp.shape[1]:
-        smallest = logp.topk(top_k, dim=1).values[:, -1:]
-        logp = logp.masked_fill(logp < smallest, -torch.inf)
+    running = weight.cumsum(dim=1)
+    reached = torch.where(weight > 0, running, 0)
+    end = reached.amax(dim=1)
+    target = torch.minimum(target, torch.nextafter(end, torch.zeros_like(end)))
+    index = (reached > target[:, None]).to(torch.uint8).argmax(dim=1)
+    before = F.pad(running, (1, 0)).gather(1, index[:, None])[:, 0]
+    return index, (target - before).clamp_(min=0)
+
+
+def keep_likely(weight: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
+    """Weights [R, k] of the tokens that top-k and then top-p keep, in falling order, 0 where dropped, and their ids [R, k].
+
+    top-p keeps the smallest set whose share of what top-k left reaches `top_p`; one token always stays. Exactly k tokens pass
+    top-k, ties broken by the sort.
+
+    >>> weights, ids = keep_likely(torch.tensor([[1.0, 5.0, 3.0, 1.0]]), 0.75, 0)
+    >>> ids[weights > 0]
+    tensor([1, 2])
+    """
+    size = weight.shape[1]
+    first = min(top_k or NUCLEUS, size)
+    likely, index = weight.topk(first, dim=1)
+    total = likely.sum(dim=1) if top_k else weight.sum(dim=1)
+    if not top_k and first < size and bool((likely.sum(dim=1) < top_p * total).any()):
+        likely, index = weight.sort(dim=1, descending=True)
     if top_p < 1:
-        ordered, index = logp.sort(dim=1, descending=True)
-        probability = ordered.softmax(dim=1)
-        reached_before = probability.cumsum(dim=1) - probability >= top_p
-        reached_before[:, 0] = False
-        logp = logp.masked_fill(torch.zeros_like(reached_before).scatter(1, index, reached_before), -torch.inf)
-    return logp
-
-
-def _below(value: Tensor, limit: Tensor) -> Tensor:
-    """`value`, but strictly under `limit`."""
-    return torch.minimum(value, torch.nextafter(limit, torch.zeros_like(limit)))
+        before = F.pad(likely.cumsum(dim=1), (1, -1))
+        dropped = before >= (top_p * total)[:, None]
+        dropped[:, 0] = False
+        likely = likely.masked_fill(dropped, 0)
+    return likely, index

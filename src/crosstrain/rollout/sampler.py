@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,14 +29,19 @@ class Sampling:
     max_completion_length: int = 64
 
     def __post_init__(self) -> None:
-        for ok, name, allowed in (
-            (self.temperature >= 0, "temperature", "0 (greedy) or more"),
-            (0 < self.top_p <= 1, "top_p", "in (0, 1]"),
-            (self.top_k >= 0, "top_k", "0 (all tokens) or more"),
-            (self.max_completion_length >= 1, "max_completion_length", "at least 1"),
+        number, whole = (int, float), (int,)
+        for name, kinds, low, high, allowed in (
+            ("temperature", number, 0, _HUGE, "a finite number, 0 (greedy) or more"),
+            ("top_p", number, _TINY, 1, "a number above 0 and at most 1 (all tokens)"),
+            ("top_k", whole, 0, _HUGE, "a whole number, 0 (all tokens) or more"),
+            ("max_completion_length", whole, 1, _HUGE, "a whole number, at least 1"),
         ):
-            if not ok:
-                raise UserError(f"sampling.{name}: got {getattr(self, name)}; it must be {allowed}")
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
+                raise UserError(f"sampling.{name}: got {value!r}; it must be {allowed}")
+
+
+_TINY, _HUGE = sys.float_info.min, sys.float_info.max
 
 
 @dataclass(frozen=True)
@@ -62,32 +69,49 @@ class Completion:
     """One sampled continuation.
 
     tokens: sampled ids, the stop token included. logp: their log-probs in nats under the full distribution at the sampling
-    temperature (at temperature 1 when greedy), before top-p and top-k. finished: ended by a stop token, not by the limit.
+    temperature (at 1 where that is 0), before top-p and top-k. finished: ended by a stop token, not by the limit.
     """
 
     tokens: tuple[int, ...]
     logp: tuple[float, ...]
     finished: bool
 
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.logp):
+            raise ValueError(f"a completion has {len(self.tokens)} tokens but {len(self.logp)} log-probs; they must match")
+
 
 class Sampler(Protocol):
     """Anything that completes prompts."""
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int, step: int) -> list[list[Completion]]:
-        """`n` completions of each prompt, in order; the same (seed, step, key) give the same random numbers."""
+        """`n` completions of each prompt, in order; the same (seed, step, key) give the same random numbers.
+
+        Raises ValueError when two prompts have the same key: their completions would be copies or near copies.
+        """
         ...
 
 
-def uniforms(seed: int, step: int, key: str, index: int, n: int) -> NDArray[np.float64]:
+def uniforms(seed: int, step: int, key: str, index: int, n: int) -> NDArray[np.float32]:
     """`n` uniform numbers in [0, 1) that depend on nothing but (seed, step, key, index): one per sampled position.
 
     >>> bool((uniforms(0, 1, "a", 0, 3) == uniforms(0, 1, "a", 0, 5)[:3]).all())
     True
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{index}/{key}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(n)
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(n, dtype=np.float32)
 
 
 def usage(prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> tuple[int, int]:
     """Tokens prefilled (each prompt once) and tokens generated."""
     return sum(len(p.tokens) for p in prompts), sum(len(c.tokens) for group in completions for c in group)
+
+
+def check_keys(prompts: Sequence[Prompt]) -> None:
+    """Nothing, when every prompt has a key of its own; for samplers to call first."""
+    keys = Counter(p.key for p in prompts)
+    repeated = [key for key, times in keys.items() if times > 1]
+    if repeated:
+        raise ValueError(
+            f"prompts of one call must differ in their keys, which the random numbers depend on; repeated: {repeated[:3]}"
+        )

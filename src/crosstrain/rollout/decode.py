@@ -1,0 +1,209 @@
+"""The decoding loops: with keys and values kept, or without."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crosstrain.head import head_logits
+from crosstrain.rollout.cache import PreallocatedCache, merge
+from crosstrain.rollout.rows import Rows
+
+COMPACT_BELOW = 0.75
+"""Finished rows leave the batch when fewer than this share of it still runs: a copy of the cache must pay off."""
+
+HEAD_ROWS = 128
+"""Rows whose logits exist at once: 128 x 49,152 in fp32 are 25 MB."""
+
+PREFILL_TOKENS = 4096
+"""Prompt tokens in one forward pass, padding included, unless a single prompt has more."""
+
+SMALL_PREFILL = 512
+"""Prompt tokens below which a forward pass is not cut to save padding: reading the weights again costs as much."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model as the loops use it.
+
+    parameters: the head's, cast once; None where only the model's own forward knows the logits (see `check_head`).
+    """
+
+    model: Any
+    decoder: Any
+    parameters: dict[str, Tensor] | None
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A prompt and the rows of its completions, `first` to `first + n`."""
+
+    tokens: tuple[int, ...]
+    first: int
+    n: int
+
+
+@dataclass
+class _Batch:
+    """Rows that decode together: their cache and [R] ids in `Rows`, next token to feed, its position, whether the row runs."""
+
+    cache: PreallocatedCache
+    row: Tensor
+    token: Tensor
+    position: Tensor
+    live: Tensor
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What goes into the next batch: [R] rows of a cache (a prompt several times), ids in `Rows`, next tokens and positions."""
+
+    cache: PreallocatedCache
+    source: Tensor
+    row: Tensor
+    token: Tensor
+    position: Tensor
+
+
+def cached(policy: Policy, asks: Sequence[Ask], rows: Rows, token_budget: int) -> None:
+    """Prefill each prompt once, share its keys and values among its rows, and replace rows that finish by waiting ones."""
+    waiting = deque(sorted(asks, key=lambda a: -len(a.tokens)))  # the longest first: those after it fit into its columns
+    batch: _Batch | None = None
+    while batch is not None or waiting:
+        if batch is None or int(batch.live.sum()) < COMPACT_BELOW * batch.cache.rows:
+            batch = _refill(policy, batch, waiting, rows, token_budget)
+        if batch is not None:
+            _step(policy, batch, rows)
+
+
+def _step(policy: Policy, batch: _Batch, rows: Rows) -> None:
+    """One more token for every row that runs; the others idle until they are dropped."""
+    hidden = _forward(policy, batch.token[:, None], batch.position[:, None], batch.cache)
+    live = torch.nonzero(batch.live).flatten()
+    batch.token[live], batch.live[live] = _draw(policy, hidden, live, batch.row[live], rows)
+    batch.position[live] += 1
+
+
+def _refill(policy: Policy, batch: _Batch | None, waiting: deque[Ask], rows: Rows, token_budget: int) -> _Batch | None:
+    """The rows that still run and as many waiting ones as the budget has room for; None when no row goes on."""
+    parts = [] if batch is None else [_running(batch)]
+    held = sum(len(p.row) for p in parts)
+    columns = max((int(p.position.max()) for p in parts if len(p.row)), default=0)
+    admitted = _admit(waiting, held, columns, rows.limit, token_budget)
+    parts += [_prefill(policy, chunk, rows) for chunk in _chunks(admitted)]
+    parts = [p for p in parts if len(p.row)]
+    if not parts:
+        return None
+    row = torch.cat([p.row for p in parts])
+    return _Batch(
+        cache=merge([(p.cache, p.source) for p in parts], room=rows.limit - int(rows.length[row].min())),
+        row=row,
+        token=torch.cat([p.token for p in parts]),
+        position=torch.cat([p.position for p in parts]),
+        live=torch.ones_like(row, dtype=torch.bool),
+    )
+
+
+def _running(batch: _Batch) -> _Part:
+    live = torch.nonzero(batch.live).flatten()
+    return _Part(batch.cache, live, batch.row[live], batch.token[live], batch.position[live])
+
+
+def _admit(waiting: deque[Ask], held: int, columns: int, limit: int, token_budget: int) -> list[Ask]:
+    """Take from `waiting` what fits beside `held` rows of `columns` columns; at least one where nothing is held."""
+    admitted: list[Ask] = []
+    while waiting:
+        columns = max(columns, len(waiting[0].tokens))
+        if held and (held + waiting[0].n) * (columns + limit) > token_budget:
+            break
+        admitted.append(waiting.popleft())
+        held += admitted[-1].n
+    return admitted
+
+
+def _chunks(asks: Iterable[Ask]) -> list[list[Ask]]:
+    """Prompts, the longest first, in chunks for one forward pass each, of which at most a tenth is padding where it matters."""
+    chunks: list[list[Ask]] = []
+    for ask in asks:
+        chunk = [*chunks[-1], ask] if chunks else []
+        padded = len(chunk[0].tokens) * len(chunk) if chunk else 0
+        wasteful = padded > SMALL_PREFILL and sum(len(a.tokens) for a in chunk) < 0.9 * padded
+        if not chunk or wasteful or padded > PREFILL_TOKENS or len(chunk) > HEAD_ROWS:
+            chunks.append([ask])
+        else:
+            chunks[-1].append(ask)
+    return chunks
+
+
+def _prefill(policy: Policy, asks: Sequence[Ask], rows: Rows) -> _Part:
+    """The prompts' keys and values, and the first token of each of their rows; rows that it ends are left out."""
+    width = max(len(a.tokens) for a in asks)
+    tokens = torch.tensor([[0] * (width - len(a.tokens)) + list(a.tokens) for a in asks], device=policy.device)
+    length = torch.tensor([len(a.tokens) for a in asks], device=policy.device)
+    position = torch.arange(width, device=policy.device) - (width - length)[:, None]
+    cache = PreallocatedCache(position >= 0)
+    hidden = _forward(policy, tokens, position.clamp(min=0), cache)
+    source = torch.repeat_interleave(torch.tensor([a.n for a in asks], device=policy.device))
+    row = torch.cat([torch.arange(a.first, a.first + a.n, device=policy.device) for a in asks])
+    token, live = _draw(policy, hidden, source, row, rows)
+    return _Part(cache, source[live], row[live], token[live], length[source[live]])
+
+
+def _forward(policy: Policy, tokens: Tensor, positions: Tensor, cache: PreallocatedCache) -> Tensor:
+    """The hidden state of each row's last column, [R, D]. The model builds the mask, windows of local layers included."""
+    mask = cache.mask(tokens.shape[1])
+    states = policy.decoder(
+        input_ids=tokens, position_ids=positions, attention_mask=mask.long(), past_key_values=cache, use_cache=True
+    ).last_hidden_state
+    cache.advance(tokens.shape[1])
+    return states[:, -1]  # type: ignore[no-any-return]
+
+
+def _draw(policy: Policy, hidden: Tensor, owner: Tensor, row: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """The next token of each row and whether it goes on, [R] and [R], from the hidden states [P, D] of their owners.
+
+    owner: [R], rising. Rows of one prompt share its logits.
+    """
+    pieces = []
+    for part, own in zip(torch.split(row, HEAD_ROWS), torch.split(owner, HEAD_ROWS), strict=True):
+        prompts, place = torch.unique_consecutive(own, return_inverse=True)
+        logits = head_logits(policy.model, hidden[prompts], policy.parameters)
+        pieces.append(rows.take(part, logits if len(prompts) == len(part) else logits[place]))
+    tokens, live = zip(*pieces, strict=True)
+    return torch.cat(tokens), torch.cat(live)
+
+
+def plain(policy: Policy, asks: Sequence[Ask], rows: Rows, token_budget: int) -> None:
+    """Run whole sequences again for every token, padded on the right: slow, and right for any causal model."""
+    waiting = deque(sorted(asks, key=lambda a: -len(a.tokens)))
+    while waiting:
+        admitted = _admit(waiting, 0, 0, rows.limit, token_budget)
+        running = [(i, list(a.tokens)) for a in admitted for i in range(a.first, a.first + a.n)]
+        while running:
+            still: list[tuple[int, list[int]]] = []
+            for start in range(0, len(running), HEAD_ROWS):
+                part = running[start : start + HEAD_ROWS]
+                logits = _last_logits(policy, [tokens for _, tokens in part])
+                token, live = rows.take(torch.tensor([i for i, _ in part], device=policy.device), logits)
+                for (i, tokens), t, goes_on in zip(part, token.tolist(), live.tolist(), strict=True):
+                    still += [(i, [*tokens, t])] if goes_on else []
+            running = still
+
+
+def _last_logits(policy: Policy, sequences: Sequence[list[int]]) -> Tensor:
+    """The logits after the last token of each sequence, [R, V], in at least fp32."""
+    width = max(len(s) for s in sequences)
+    tokens = torch.tensor([s + [0] * (width - len(s)) for s in sequences], device=policy.device)
+    last = torch.tensor([len(s) - 1 for s in sequences], device=policy.device)
+    row = torch.arange(len(sequences), device=policy.device)
+    if policy.parameters is not None:
+        states = policy.decoder(input_ids=tokens, use_cache=False).last_hidden_state
+        return head_logits(policy.model, states[row, last], policy.parameters)
+    logits: Tensor = policy.model(input_ids=tokens, use_cache=False).logits[row, last]
+    return logits if logits.dtype == torch.float64 else logits.float()
