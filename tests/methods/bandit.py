@@ -1,6 +1,7 @@
-"""A task a tiny model can learn in seconds: for every prompt, one first token is right.
+"""A task a tiny model can learn in seconds: for every prompt, one answer is right.
 
-The chance of success is read off the model's own softmax, so that what a test asserts has no sampling noise.
+The chance of success is read off the model's own softmax, so that what a test asserts has no sampling noise. An answer of one
+token is found by sampling soon; one of four tokens, with a chance of about 12^-4, is not.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from crosstrain.rollout.sampler import Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
@@ -23,59 +23,63 @@ from crosstrain.types import Example, Group, Method, Source, Trajectory
 VOCABULARY = 12
 END = 2
 PROMPTS = ((3, 7), (5, 4, 9), (8, 8), (10, 6, 3))
+LONG = ((6, 3, 11, 8), (9, 9, 5, 3))
+
+Answers = tuple[tuple[int, ...], ...]
 
 
-def first_token_probabilities(model: Any) -> Tensor:
-    """[prompts, vocabulary]: the model's distribution of the first token of an answer."""
+def probability(model: Any, prompt: tuple[int, ...], answer: tuple[int, ...]) -> float:
+    """The model's probability of an answer to a prompt."""
     with torch.no_grad():
-        return torch.stack([model(torch.tensor([p])).logits[0, -1].softmax(-1) for p in PROMPTS])
+        logp = model(torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+    return float(sum(logp[len(prompt) + i - 1, token] for i, token in enumerate(answer)).exp())
 
 
 @dataclass(frozen=True)
 class Bandit:
-    """Prompts, the right first token of each, and a wrong one."""
+    """The right answer to each of the first prompts, and a wrong one."""
 
-    right: tuple[int, ...]
-    wrong: tuple[int, ...]
+    right: Answers
+    wrong: Answers
 
     @staticmethod
     def reachable(model: Any) -> Bandit:
-        """Right is what the model finds fifth most likely, wrong what it likes best: sampling does find it."""
-        order = first_token_probabilities(model).argsort(dim=1, descending=True)
-        return Bandit(tuple(order[:, 4].tolist()), tuple(order[:, 0].tolist()))
+        """One token: right is what the model finds fifth most likely, wrong what it likes best."""
+        with torch.no_grad():
+            orders = [model(torch.tensor([p])).logits[0, -1].argsort(descending=True).tolist() for p in PROMPTS]
+        return Bandit(tuple((o[4],) for o in orders), tuple((o[0],) for o in orders))
 
     @staticmethod
-    def out_of_reach(model: Any) -> Bandit:
-        """Right is what the model finds least likely of all."""
-        order = first_token_probabilities(model).argsort(dim=1, descending=True)
-        return Bandit(tuple(order[:, -1].tolist()), tuple(order[:, 0].tolist()))
+    def out_of_reach() -> Bandit:
+        """Four tokens, all of which must be right."""
+        return Bandit(LONG, tuple(answer[::-1] for answer in LONG))
 
     def success(self, model: Any) -> list[float]:
-        """The probability of the right first token, for each prompt."""
-        return [float(p[r]) for p, r in zip(first_token_probabilities(model), self.right, strict=True)]
+        """The probability of the right answer, for each prompt."""
+        return [probability(model, p, a) for p, a in zip(PROMPTS, self.right, strict=False)]
 
     def examples(self, needs: str | None) -> list[Example]:
         """One example per prompt, with the demonstration or pair that a method needs."""
         made = []
-        for i, (prompt, right, wrong) in enumerate(zip(PROMPTS, self.right, self.wrong, strict=True)):
+        for i, (prompt, right, wrong) in enumerate(zip(PROMPTS, self.right, self.wrong, strict=False)):
             chosen, rejected = (
-                self._answer(prompt, t, r if needs == "pair" else None) for t, r in ((right, 1.0), (wrong, 0.0))
+                self._answer(prompt, a, r if needs == "pair" else None) for a, r in ((right, 1.0), (wrong, 0.0))
             )
             expert = {"demonstration": (chosen,), "pair": (chosen, rejected)}.get(needs or "", ())
             made.append(Example(f"train:{i}", "", prompt, expert))
         return made
 
     @staticmethod
-    def _answer(prompt: tuple[int, ...], token: int, reward: float | None) -> Trajectory:
-        source = (Source.PROMPT,) * len(prompt) + (Source.EXPERT,)
-        return Trajectory((*prompt, token), source, reward=reward)
+    def _answer(prompt: tuple[int, ...], answer: tuple[int, ...], reward: float | None) -> Trajectory:
+        source = (Source.PROMPT,) * len(prompt) + (Source.EXPERT,) * len(answer)
+        return Trajectory(prompt + answer, source, reward=reward)
 
     def rewards(self, groups: list[Group]) -> list[Group]:
-        """1 for an answer whose first token is right, else 0."""
+        """1 for the right answer, else 0."""
 
         def one(g: Group, t: Trajectory) -> Trajectory:
             right = self.right[PROMPTS.index(g.example.prompt_tokens)]
-            return replace(t, reward=float(t.response[0] == right)) if t.reward is None else t
+            return replace(t, reward=float(t.response == right)) if t.reward is None else t
 
         return [replace(g, trajectories=tuple(one(g, t) for t in g.trajectories)) for g in groups]
 
@@ -88,16 +92,13 @@ class _Cycle:
         return [self.examples[(position + i) % len(self.examples)] for i in range(n)], position + n
 
 
-def model_for(sharpness: float = 1.5) -> Any:
-    """A tiny model that likes some answers better than others, the more so the larger `sharpness`."""
-    model = tiny_model(0, torch.float32, vocab_size=VOCABULARY)
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(sharpness)
-    return model
+def model_for(seed: int = 0) -> Any:
+    """A tiny model that likes all answers about equally well."""
+    return tiny_model(seed, torch.float32, vocab_size=VOCABULARY)
 
 
-def learn(method: Method, model: Any, bandit: Bandit, *, steps: int, learning_rate: float = 1e-2) -> list[dict[str, float]]:
-    """Train `model` in place for `steps` steps on all prompts, one token per answer; the steps' metrics."""
+def learn(method: Method, model: Any, bandit: Bandit, *, steps: int, seed: int = 1) -> list[dict[str, float]]:
+    """Train `model` in place for `steps` steps on all prompts; the steps' metrics."""
     frozen = copy.deepcopy(model)
     engine = Engine(
         model=model,
@@ -106,11 +107,11 @@ def learn(method: Method, model: Any, bandit: Bandit, *, steps: int, learning_ra
         device=torch.device("cpu"),
         streams={"train": _Cycle(bandit.examples(method.plan.needs_expert))},
         sampler=TorchSampler(model, stop_token_ids=(END,)),
-        sampling=Sampling(max_completion_length=1),
+        sampling=Sampling(max_completion_length=len(bandit.right[0])),
         rewards=bandit.rewards,
-        seed=1,
+        seed=seed,
         reference=lambda: nullcontext(frozen),
     )
-    settings = StageSettings(batch_size=len(PROMPTS), learning_rate=learning_rate, max_steps=steps)
+    settings = StageSettings(batch_size=len(bandit.right), learning_rate=5e-3, max_steps=steps)
     progress = Progress(state=method.init())
     return [dict(s.metrics) for s in train_stage(engine, method, settings, Optimizer(model, "fp32"), progress)]
