@@ -18,7 +18,7 @@ from crosstrain.errors import UserError
 from crosstrain.evaluate.likelihood import Tokens, completion_logps
 from crosstrain.training.score import Layout
 
-PROMPTS = 64
+PROMPTS = 48
 SAMPLES = 4
 """Divergences use the first SAMPLES replies to at most PROMPTS questions: prompts differ more than replies to one prompt."""
 
