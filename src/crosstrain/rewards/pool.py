@@ -163,11 +163,12 @@ class RewardPool:
     def _columns(self, group: Group, which: Sequence[int], decode: Decode) -> dict[str, Any]:
         example, n = group.example, len(which)
         chat = not isinstance(example.prompt, str)
+        prompt = example.prompt if isinstance(example.prompt, str) else [dict(m) for m in example.prompt]
         answers = [group.trajectories[i].response for i in which]
         texts = [decode(tokens) for tokens in answers]
         columns = {
             **{key: [value] * n for key, value in example.columns.items()},
-            "prompts": [[dict(m) for m in example.prompt] if chat else example.prompt] * n,  # type: ignore[union-attr]
+            "prompts": [prompt] * n,
             "completions": [[{"role": "assistant", "content": text}] if chat else text for text in texts],
             "completion_ids": [list(tokens) for tokens in answers],
         }
