@@ -317,6 +317,10 @@ def test_a_model_in_training_mode_samples_without_dropout_and_is_put_back_module
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
+def test_how_a_model_is_sampled_from_does_not_depend_on_its_mode_when_asked() -> None:
+    assert TorchSampler(family("gpt2").train(), stop_token_ids=STOPS).path == "cached"
+
+
 def test_sampling_leaves_the_global_random_state_alone() -> None:
     before = torch.get_rng_state()
     TorchSampler(tiny_model(), stop_token_ids=STOPS).sample(mixed_prompts(2), Sampling(max_completion_length=3), seed=0, step=0)

@@ -68,6 +68,7 @@ def _first_past(weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     A target at or past the end, which rounding can make, falls on an index of positive weight all the same.
     """
     running = weight.cumsum(dim=1)
+    # parallel devices may round a running sum down where a weight is 0; on a CPU it never falls and this changes nothing
     reached = torch.where(weight > 0, running, 0)
     end = reached.amax(dim=1)
     target = torch.minimum(target, torch.nextafter(end, torch.zeros_like(end)))
