@@ -58,7 +58,8 @@ def _measure_row(arm: Mapping[str, Any], measures: Sequence[Mapping[str, Any]], 
         if found is None:
             cells.append(f'<td data-group="{m["group"]}" class="missing">not measured</td>')
             continue
-        ends = "" if m["change"] and arm["base"] else interval(found["low"], found["high"], m)
+        # The base against itself is 0 by definition, which no interval belongs to.
+        ends = "" if found["se"] == 0 else interval(found["low"], found["high"], m)
         cells.append(
             f'<td data-group="{m["group"]}" data-value="{found["mean"]!r}">{escape(number(found["mean"], m))}'
             f"<small>{escape(ends)}</small></td>"
