@@ -57,8 +57,8 @@ def test_intervals_err_on_the_wide_side_when_neither_seeds_nor_methods_differ() 
 
 
 @pytest.mark.slow
-def test_pooling_unequal_seed_variances_errs_both_ways() -> None:
-    """The documented limit of pooling: arms that vary more than the others get intervals that are too narrow, and the reverse."""
+def test_pooling_unequal_seed_variances_covers_too_little() -> None:
+    """The documented limit of pooling: where some arms vary much more than others, contrasts cover less than they say."""
     steady, shaky = (0.1, 0.1, 0.1), (0.6, 0.6, 0.6)
-    mixed = coverage(World(3, (*steady, *shaky)), 4000, np.random.default_rng(1))
-    assert 0.90 <= mixed["arms"] <= 0.98, mixed
+    for against, share in coverage(World(3, (*steady, *shaky)), 4000, np.random.default_rng(1)).items():
+        assert 0.90 <= share <= 0.94, (against, share)

@@ -179,6 +179,18 @@ def test_a_tie_is_called_one(results: dict[str, Any]) -> None:
     assert any("would often be missed" in line for line in key)
 
 
+def test_a_warning_names_the_arm_whose_seeds_vary_more(results: dict[str, Any]) -> None:
+    assert not any("Careful" in line for line in say_verdict(results).key)
+    changed = json.loads(json.dumps(results))
+    accuracy = next(m for m in changed["measures"] if m["key"] == "accuracy")
+    accuracy["unequal_seeds_p"] = 0.004
+    accuracy["arms"]["grpo"]["seed_sd"] = 0.21
+    [line] = [line for line in say_verdict(changed).key if "Careful" in line]
+    assert "to grpo (21.0 pts) (Bartlett's p = 0.004)" in line and line.endswith(
+        "verdicts of grpo are surer than they should be."
+    )
+
+
 def test_a_winner_is_named_with_its_lead(tmp_path: Path) -> None:
     write_study(tmp_path, arms=["sft", "grpo"])
     found = build_results(tmp_path)

@@ -18,6 +18,7 @@ from crosstrain.studies.statistics import (
     seed_variance,
     smallest_detectable_difference,
     standard_error,
+    unequal_seeds,
     verdict,
 )
 
@@ -168,3 +169,10 @@ def test_the_smallest_detectable_difference_is_found_four_times_in_five(df: int,
     critical = stats.t.ppf(0.975, df)
     assert stats.nct.sf(critical, df, true / 0.5) == pytest.approx(0.8, abs=within)
     assert smallest_detectable_difference(0.5, df, alpha=0.01) > true
+
+
+def test_seeds_that_vary_unequally_are_noticed() -> None:
+    steady, shaky = scores(5, 30, seed_sd=0.1), scores(5, 30, seed_sd=20.0)
+    assert unequal_seeds([steady, shaky]) == pytest.approx(stats.bartlett(steady.mean(1), shaky.mean(1)).pvalue)
+    assert unequal_seeds([steady, shaky]) < 0.001
+    assert math.isnan(unequal_seeds([steady, np.ones((3, 30)), scores(1, 30)]))

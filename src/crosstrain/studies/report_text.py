@@ -153,6 +153,7 @@ def _key_points(results: Results) -> list[str]:
         against = {c["against"]: [x for x in first["contrasts"] if x["against"] == c["against"]] for c in first["contrasts"]}
         lines = [_against(name, found, measure) for name, found in against.items()]
         lines += _detectable(first, measure)
+    lines += _unequal(measure)
     forgotten: Mapping[str, Any] = next((m["arms"] for m in results["measures"] if m["key"] == "forgetting/nll"), {})
     trained = sorted((name for name in forgotten if name != "base"), key=lambda name: float(forgotten[name]["mean"]))
     if len(trained) > 1:
@@ -183,6 +184,20 @@ def _points(results: Results, family: Mapping[str, Any]) -> list[str]:
     for reference in dict.fromkeys(c["against"] for c in family["contrasts"]):
         lines.append(_against(reference, [c for c in family["contrasts"] if c["against"] == reference], measure))
     return [f"{family['label']}. {line}" for line in (*lines, *_detectable(family, measure))]
+
+
+def _unequal(measure: Mapping[str, Any]) -> list[str]:
+    """A warning where the arms' seeds clearly do not vary alike, which the intervals take for granted."""
+    spreads = {name: found["seed_sd"] for name, found in measure["arms"].items() if found["seed_sd"] is not None}
+    p = measure["unequal_seeds_p"]
+    if p is None or p >= 0.05:
+        return []
+    low, high = min(spreads, key=lambda name: spreads[name]), max(spreads, key=lambda name: spreads[name])
+    least, most = (f"{shown(n)} ({number(spreads[n], measure, signed=True).lstrip('+')})" for n in (low, high))
+    return [
+        f"Careful: seeds do not vary alike in all arms, with standard deviations from {least} to {most} (Bartlett's p "
+        f"{'below 0.001' if p < 0.001 else f'= {p:.3f}'}). Intervals and verdicts of {shown(high)} are surer than they should be."
+    ]
 
 
 def _against(reference: str, contrasts: Sequence[Mapping[str, Any]], measure: Mapping[str, Any]) -> str:

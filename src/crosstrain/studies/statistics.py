@@ -101,6 +101,17 @@ def seed_variance(arms: Sequence[Array], strata: Array | None = None) -> SeedVar
     return SeedVariance(squares / df, residual / df, df)
 
 
+def unequal_seeds(arms: Sequence[Array]) -> float:
+    """p of Bartlett's test that the seeds of all arms, [S, Q] each, vary alike, which pooling takes for granted.
+
+    Small values say that it does not hold; with two or three seeds large ones say little. Arms of one seed, or whose seeds' means
+    are all equal, are left out; NaN where fewer than two are left.
+    """
+    means = [a.mean(-1) for a in arms if a.shape[-2] > 1]
+    varied = [m for m in means if m.var() > 0]
+    return float(stats.bartlett(*varied).pvalue) if len(varied) > 1 else math.nan
+
+
 def _noise_of_means(scores: Array, strata: Array | None) -> Any:
     """MSE / Q of the seed x question table [..., S, Q]: what questions add to the variance of a seed's mean."""
     q = scores.shape[-1]

@@ -12,7 +12,16 @@ import numpy as np
 from crosstrain.errors import UserError
 from crosstrain.studies.arms import Arm
 from crosstrain.studies.measures import Measure, Scores
-from crosstrain.studies.statistics import Array, Contrast, Estimate, SeedVariance, arm_mean, compare, seed_variance
+from crosstrain.studies.statistics import (
+    Array,
+    Contrast,
+    Estimate,
+    SeedVariance,
+    arm_mean,
+    compare,
+    seed_variance,
+    unequal_seeds,
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,7 @@ class Table:
             **described,
             "questions": len(self.strata),
             "seed_sd": math.sqrt(self.seeds.seeds) if self.seeds.df else math.nan,
+            "unequal_seeds_p": unequal_seeds([s for s in self.scores.values() if s.ndim == 2]),
             "arms": {
                 name: {
                     **asdict(self.estimate(name)),
