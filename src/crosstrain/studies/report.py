@@ -152,11 +152,14 @@ _ABOUT_SAMPLES = (
 
 
 def _about_contrasts(results: Results) -> str:
+    once = (
+        "" if results["scope"] == "method" else " With one seed per arm p is about these very models, so no verdict is given."
+    )
     return (
         "Decided before the study ran: every arm against the untrained model, every RL or hybrid arm against the references. "
         "Differences are paired by question. p is two-sided; the verdict goes by p after Holm's correction over the table "
         f"({results['alpha']:g}). Intervals are not corrected. The last column is the true difference that the study would find "
-        "in 80 of 100 cases."
+        f"in 80 of 100 cases.{once}"
     )
 
 

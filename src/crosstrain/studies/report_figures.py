@@ -124,8 +124,8 @@ def _cost_chart(results: Results, looks: Mapping[str, Style]) -> Chart:
         "xaxis": {"title": {"text": UNITS["seconds"]}},
         "yaxis": {"title": {"text": "accuracy"}, "tickformat": ".0%"},
     }
-    unit = (results["study"]["budget"] or {}).get("unit", "")
-    about = "Mean cost of a run. " + (f"{UNITS[unit]} were held equal; the other axes show what that meant." if unit else "")
+    held = UNITS[results["study"]["spec"]["budget"]["unit"]]
+    about = f"Mean cost of a run. {held[0].upper()}{held[1:]} were held equal; the other axes show what that meant."
     controls = _select("cost-axis", "Cost", UNITS, "seconds")
     names = tuple(a["name"] for a in arms)
     return Chart("fig-cost", "Accuracy against cost", about, names, {"data": data, "layout": layout}, controls)
@@ -145,13 +145,13 @@ def _pass_chart(results: Results, looks: Mapping[str, Style]) -> Chart:
         "yaxis": {"title": {"text": "pass@k"}, "tickformat": ".0%"},
     }
     about = (
-        "Chance that one of k samples is right. RL often lifts k = 1 and narrows the gap to large k. Bars are 95% intervals."
+        "Chance that one of k samples is right; a lift at k = 1 alone is certainty more than ability. Bars are 95% intervals."
     )
     return Chart("fig-pass", "pass@k", about, tuple(names), {"data": data, "layout": layout})
 
 
 def _curve_chart(results: Results, curves: Mapping[str, Any], looks: Mapping[str, Style]) -> Chart:
-    unit = (results["study"]["budget"] or {}).get("unit", "processed_tokens")
+    unit = results["study"]["spec"]["budget"]["unit"]
     metrics = curves["metrics"]
     axis = _select("curve-axis", "Against", {**UNITS, "step": "steps"}, unit)
     metric = _select("curve-metric", "Show", {name: name for name in metrics}, metrics[0])
