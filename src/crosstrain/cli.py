@@ -190,7 +190,7 @@ def data_check(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL, JSON, CSV, Parquet or a `datasets` folder.")],
     model: Annotated[str, typer.Option(help="The model whose chat template and tokenizer to use.")] = "smollm2-135m-instruct",
     max_prompt_length: Annotated[int, typer.Option(min=1, help="Longer prompts are errors.")] = 512,
-    max_length: Annotated[int, typer.Option(min=1, help="Longer prompt + answer rows are errors.")] = 1024,
+    max_length: Annotated[int, typer.Option(min=1, help="Longer prompt + answer rows are cut.")] = 1024,
     debug: Debug = False,
 ) -> None:
     """Say what a file holds and what would be trained, or which rows are wrong."""

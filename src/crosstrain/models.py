@@ -29,6 +29,9 @@ BUNDLED = {
 }
 """Names that work without a model hub, and what they honestly are."""
 
+CANNOT_LOAD = (OSError, ValueError, ImportError, SafetensorError)
+"""What transformers raises for a model that is missing, damaged or of an unknown kind."""
+
 
 def cache_folder() -> Path:
     """Where converted models are kept: `CROSSTRAIN_CACHE`, or `~/.cache/crosstrain`."""
@@ -81,26 +84,43 @@ def load_model(
     `seed` initialises.
     Raises UserError when the model cannot be found, fetched or read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+    from transformers import AutoModelForCausalLM, logging
 
     logging.disable_progress_bar()
     place = resolve_model(name)
     common = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **common)
         model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **common, **more)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model {name!r} cannot be loaded: {first}") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model {name!r}: its tokenizer has no end token, so no answer could ever end")
+    except CANNOT_LOAD as error:
+        raise _cannot_load(name, error) from error
     if lora is not None:
         model = _with_adapters(model, lora, seed)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's tokenizer alone. Raises UserError when it cannot be found or read, or has no end token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model(name), revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except CANNOT_LOAD as error:
+        raise _cannot_load(name, error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model {name!r}: its tokenizer has no end token, so no answer could ever end")
+    return tokenizer
+
+
+def _cannot_load(name: str, error: Exception) -> UserError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(f"model {name!r} cannot be loaded: {first}")
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path, card: str | None = None) -> None:

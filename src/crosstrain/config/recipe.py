@@ -295,7 +295,7 @@ class Recipe(BaseModel):
     gradient_checkpointing: Flag = Field(False, description="Recompute activations in backward to save memory.")
     micro_batch_tokens: Count = Field(4096, description="Tokens per forward pass; changes memory and speed, not results.")
     max_prompt_length: Count = Field(512, description="Longer prompts are errors.")
-    max_length: Count = Field(1024, description="Longer prompt + answer rows are errors.")
+    max_length: Count = Field(1024, description="Longer prompt + answer rows are cut, with a counted warning.")
     logging_steps: Count = Field(1, description="Steps between lines of metrics.jsonl.")
     log_completions: Flag = Field(True, description="Write sampled completions to the run's folder.")
     report_to: list[str] = Field(default_factory=list, description="Trackers to send metrics to; none by default.")
