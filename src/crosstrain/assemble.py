@@ -44,6 +44,11 @@ def resolve_precision(recipe: Recipe, device: torch.device) -> Precision:
     return recipe.precision
 
 
+def computing_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
+    """What the model multiplies in under the recipe's precision policy."""
+    return torch.float32 if resolve_precision(recipe, device) == "fp32" else torch.bfloat16
+
+
 def load_base(recipe: Recipe, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The recipe's model, before any training, and its tokenizer."""
     spec = recipe.model
@@ -57,6 +62,13 @@ def load_base(recipe: Recipe, device: torch.device, dtype: torch.dtype = torch.f
         lora=spec.lora,
         gradient_checkpointing=recipe.gradient_checkpointing,
     )
+
+
+def load_frozen_base(recipe: Recipe, device: torch.device) -> Any | None:
+    """The untrained model in the computing dtype, to compare with; None for LoRA, whose own weights are it with the adapter off."""
+    if recipe.model.lora is not None:
+        return None
+    return load_base(recipe, device, computing_dtype(recipe, device))[0].requires_grad_(False)
 
 
 def rows_of(name: str, spec: DataSpec) -> list[Row]:

@@ -135,7 +135,15 @@ def evaluate_and_print(name: str, config: Path | None, out: Path | None, overrid
     folder = out or Path("runs") / f"eval-{Path(name).name}"
     base = evaluate_base(recipe, folder / "base") if recipe.evaluation.divergence else None
     model, tokenizer = _load(name, resolve_device(recipe.device))
-    found = evaluate_model(model, tokenizer, recipe.evaluation, sampling=recipe.sampling, seed=0, base=base)
+    found = evaluate_model(
+        model,
+        tokenizer,
+        recipe.evaluation,
+        sampling=recipe.sampling,
+        seed=0,
+        base=base,
+        base_model=assemble.load_frozen_base(recipe, resolve_device(recipe.device)) if base is not None else None,
+    )
     write_json(folder / "evaluation.json", found.evaluation)
     (folder / "samples.jsonl").unlink(missing_ok=True)
     append_lines(folder / "samples.jsonl", found.samples)

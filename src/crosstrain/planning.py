@@ -81,7 +81,7 @@ def plan(recipe: Recipe) -> RunPlan:
         )
         terms = tuple(f"{t.name}: {t.describe} per {t.per}" for t in method.terms)
         stages.append(StagePlan(method.name, steps, total, terms))
-    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    dtype = assemble.computing_dtype(recipe, device)
     seconds = sum(s.cost.flops for s in stages) / (UTILISATION * matmul_speed(dtype, device))
     return RunPlan(
         model=describe_model(recipe.model.name),

@@ -247,9 +247,16 @@ class _Run:
             return None
         if spec.divergence and self.base is None and (spec.in_distribution or spec.out_of_distribution):
             self.base = evaluate_base(self.recipe, self.folder / "base", display=self.display)
-        self.display.say(f"{self.folder.name}: evaluating")
-        self.model.eval()
-        found = evaluate_model(self.model, self.tokenizer, spec, sampling=self.recipe.sampling, seed=0, base=self.base)
+        found = evaluate_model(
+            self.model,
+            self.tokenizer,
+            spec,
+            sampling=self.recipe.sampling,
+            seed=0,
+            base=self.base,
+            base_model=assemble.load_frozen_base(self.recipe, self.device) if spec.divergence else None,
+            progress=lambda part: self.display.say(f"{self.folder.name}: evaluating, {part}"),
+        )
         write_json(self.folder / "evaluation.json", found.evaluation)
         (self.folder / "samples.jsonl").unlink(missing_ok=True)
         append_lines(self.folder / "samples.jsonl", found.samples)
@@ -360,8 +367,7 @@ def evaluate_base(recipe: Recipe, folder: Path, *, display: Display | None = Non
     (display or Display()).say(f"{folder.name}: evaluating the untrained model")
     device = resolve_device(recipe.device)
     started = time.perf_counter()
-    dtype = torch.float32 if assemble.resolve_precision(recipe, device) == "fp32" else torch.bfloat16
-    model, tokenizer = assemble.load_base(recipe, device, dtype)
+    model, tokenizer = assemble.load_base(recipe, device, assemble.computing_dtype(recipe, device))
     found = evaluate_model(model, tokenizer, recipe.evaluation, sampling=recipe.sampling, seed=0, base=None)
     append_lines(folder / "samples.jsonl", found.samples)
     record = {
