@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from crosstrain.training.record import (
     versions,
 )
 from crosstrain.training.switch import Plateau
+from crosstrain.training.trackers import Log, trackers
 from crosstrain.types import Method
 
 __all__ = ["RunPlan", "RunResult", "as_recipe", "evaluate_base", "plan", "train"]
@@ -117,8 +119,9 @@ class _Run:
             self._resume()
             self.display.start(self.folder.name, self._done())
             try:
-                while self.progress.stage < len(self.recipe.stages):
-                    self._stage(engine, base_reference)
+                with self._trackers() as log:
+                    while self.progress.stage < len(self.recipe.stages):
+                        self._stage(engine, base_reference, log)
             finally:
                 self.display.finish()
         if self.best:
@@ -129,7 +132,11 @@ class _Run:
             save_model(self.model, self.tokenizer, self.folder / "model", card)
         return self._finish(evaluation)
 
-    def _stage(self, engine: Engine, base_reference: Any) -> None:
+    def _trackers(self) -> AbstractContextManager[Log]:
+        config = {**self.recipe.model_dump(mode="json"), "recipe_hash": config_hash(self.recipe)}
+        return trackers(self.recipe.report_to, project="crosstrain", run=self.folder.name, config=config)
+
+    def _stage(self, engine: Engine, base_reference: Any, log: Log) -> None:
         stage, method = self.recipe.stages[self.progress.stage], self.methods[self.progress.stage]
         settings = assemble.stage_settings(self.recipe, stage)
         if not self.started:
@@ -147,6 +154,7 @@ class _Run:
             self._keep_best(line)
             if self.progress.step % self.recipe.logging_steps == 0:
                 append_lines(self.folder / "metrics.jsonl", [line])
+                log(line)
                 if self.recipe.log_completions and method.plan.samples:
                     lines = completion_lines(self.progress.step, step.groups, self.tokenizer.decode)
                     append_lines(self.folder / "completions.jsonl", lines)
@@ -247,6 +255,7 @@ class _Run:
             return None
         if spec.divergence and self.base is None and (spec.in_distribution or spec.out_of_distribution):
             self.base = evaluate_base(self.recipe, self.folder / "base", display=self.display)
+        self.display.note("evaluating")
         found = evaluate_model(
             self.model,
             self.tokenizer,
@@ -255,7 +264,6 @@ class _Run:
             seed=0,
             base=self.base,
             base_model=assemble.load_frozen_base(self.recipe, self.device) if spec.divergence else None,
-            progress=lambda part: self.display.say(f"{self.folder.name}: evaluating, {part}"),
         )
         write_json(self.folder / "evaluation.json", found.evaluation)
         (self.folder / "samples.jsonl").unlink(missing_ok=True)

@@ -298,7 +298,9 @@ class Recipe(BaseModel):
     max_length: Count = Field(1024, description="Longer prompt + answer rows are cut, with a counted warning.")
     logging_steps: Count = Field(1, description="Steps between lines of metrics.jsonl.")
     log_completions: Flag = Field(True, description="Write sampled completions to the run's folder.")
-    report_to: list[str] = Field(default_factory=list, description="Trackers to send metrics to; none by default.")
+    report_to: list[Literal["trackio", "wandb"]] = Field(
+        default_factory=list, description="Trackers to send metrics to; none by default."
+    )
     output_dir: str | None = Field(None, description="The run's folder; the command line's --out wins.")
 
     _gather = model_validator(mode="before")(gather_stage)

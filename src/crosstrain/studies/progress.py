@@ -66,6 +66,10 @@ class StudyDisplay:
         """A message on a line of its own."""
         self._run.say(text)
 
+    def note(self, text: str) -> None:
+        """A message about the run that is going on."""
+        self.say(f"{self.title}: {text}")
+
     def finish(self) -> None:
         """End the run's display."""
         self._run.finish()

@@ -18,6 +18,7 @@ class Display:
     def __init__(self, console: Console | None = None, every_s: float = 15.0) -> None:
         self.console = console or Console(stderr=True)
         self.every_s = every_s
+        self.title = ""
         self._bar: Progress | None = None
         self._shown = 0.0
         self._started = 0.0
@@ -48,11 +49,15 @@ class Display:
             self._bar.update(self._bar.task_ids[0], completed=min(done, 1.0), note=note)
         elif time.monotonic() - self._shown >= self.every_s or done >= 1.0:
             self._shown = time.monotonic()
-            self.console.print(f"{self.title}: {min(done, 1.0):4.0%} {note}", highlight=False)
+            self.console.print(f"{self.title}: {min(done, 1.0):4.0%} {note}", highlight=False, markup=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
         """A message on a line of its own."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """A message about the run, on a line of its own."""
+        self.say(f"{self.title}: {text}")
 
     def finish(self) -> None:
         """End the run's display."""

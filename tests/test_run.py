@@ -1,0 +1,274 @@
+"""Whole runs on a tiny model: what they leave, how stages follow each other, and what stops them before step 1."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import crosstrain
+from crosstrain import run
+from crosstrain.errors import UserError
+from crosstrain.models import load_model
+from crosstrain.testing import save_tiny_model
+from crosstrain.training.record import read_lines
+
+OFF = {"forgetting": False, "divergence": False}
+GRPO = {"grpo": {"num_generations": 3}}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny_model(folder / "model")
+    (folder / "reward.py").write_text("def length(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n")
+    rows = [{"prompt": f"say {i}", "completion": f"it is {i}", "answer": str(i)} for i in range(6)]
+    pairs = [{"prompt": f"say {i}", "chosen": f"it is {i}", "rejected": "no"} for i in range(6)]
+    for name, content in (("rows", rows), ("pairs", pairs), ("prompts", [{"prompt": r["prompt"]} for r in rows])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in content))
+    return folder
+
+
+def recipe(world: Path, *stages: Any, **more: Any) -> dict[str, Any]:
+    """A recipe in which a stage is a method, or a method with settings of the stage."""
+    full = [
+        {
+            "max_steps": 2,
+            "batch_size": 3,
+            "learning_rate": 1e-2,
+            **(s if isinstance(s, dict) and "method" in s else {"method": s}),
+        }
+        for s in stages
+    ]
+    return {
+        "model": str(world / "model"),
+        "data": str(world / "rows.jsonl"),
+        "rewards": [f"{world}/reward.py:length"],
+        "sampling": {"max_completion_length": 5},
+        "evaluation": OFF,
+        "stages": full,
+        "device": "cpu",
+        "precision": "fp32",
+        **more,
+    }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_model(str(folder))[0].named_parameters())
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return read_lines(folder / "metrics.jsonl")
+
+
+def record(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "record.json").read_text())
+    return found
+
+
+def test_a_run_leaves_a_model_its_metrics_and_its_record(world: Path, tmp_path: Path) -> None:
+    result = crosstrain.train(recipe(world, "sft"), tmp_path / "run")
+    assert sorted(p.name for p in result.folder.iterdir()) == ["metrics.jsonl", "model", "recipe.json", "record.json"]
+    model, tokenizer = load_model(str(tmp_path / "run" / "model"))
+    assert tokenizer.chat_template
+    assert not torch.equal(model.model.norm.weight, weights(world / "model")["model.norm.weight"])
+    assert [line["step"] for line in lines(result.folder)] == [1, 2]
+    assert {"loss", "grad_norm", "learning_rate", "entropy", "mean_token_accuracy", "epoch", "step_time"} <= set(result.metrics)
+    found = record(result.folder)
+    assert (found["status"], found["steps"], found["precision"], found["sampler"]) == ("finished", 2, "fp32", None)
+    assert {"recipe_hash", "template_hash", "versions", "hardware", "data"} <= set(found)
+    card = (result.folder / "model" / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["library_name"] == "transformers"
+    assert found["data"]["train"]["hash"] in card
+    assert "learning_rate: 0.01" in card
+
+
+def test_a_finished_run_is_returned_and_another_recipe_refused(world: Path, tmp_path: Path) -> None:
+    first = crosstrain.train(recipe(world, "sft"), tmp_path / "run")
+    before = (first.folder / "record.json").read_bytes()
+    assert crosstrain.train(recipe(world, "sft"), tmp_path / "run") == first
+    assert (first.folder / "record.json").read_bytes() == before
+    with pytest.raises(UserError, match="holds a run of another recipe; choose another --out"):
+        crosstrain.train(recipe(world, "dft"), tmp_path / "run")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="exists and is no run of crosstrain"):
+        crosstrain.train(recipe(world, "sft"), tmp_path / "mine")
+    with pytest.raises(UserError, match="a run needs a folder"):
+        crosstrain.train(recipe(world, "sft"))
+
+
+@pytest.mark.parametrize(
+    "method", ["sft", "dft", "raft", "reinforce", "rloo", GRPO, "dr_grpo", {"dapo": {"minibatches": 2}}, "luffy", "hpt"]
+)
+def test_every_method_runs(world: Path, tmp_path: Path, method: Any) -> None:
+    result = crosstrain.train(recipe(world, method), tmp_path / "run", save_weights=False)
+    assert result.cost.processed_tokens > 0
+    assert math.isfinite(result.metrics.get("grad_norm") or 0.0)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_dpo_compares_with_the_model_it_started_from(world: Path, tmp_path: Path, lora: Any) -> None:
+    data, model = str(world / "pairs.jsonl"), {"name": str(world / "model"), "lora": lora}
+    result = crosstrain.train(recipe(world, "dpo", data=data, model=model, rewards=None), tmp_path / "run")
+    first, second = lines(result.folder)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-6)
+    assert second["loss"] < first["loss"]
+    names = weights(result.folder / "model").keys()
+    assert names == weights(world / "model").keys(), "adapters must be merged"
+    assert (result.folder / "model" / "adapter").is_dir() == (lora is not None)
+
+
+def test_the_second_stages_reference_is_where_it_started(world: Path, tmp_path: Path) -> None:
+    crosstrain.train(recipe(world, {"method": "sft", "learning_rate": 1e-3}, GRPO), tmp_path / "run")
+    # at the first step of GRPO the policy is its reference; from the base it is two steps away
+    assert lines(tmp_path / "run")[2]["kl"] == pytest.approx(0, abs=1e-9)
+    assert lines(tmp_path / "run")[3]["kl"] > 0
+
+
+def test_a_reference_at_a_later_start_is_refused_for_lora(world: Path, tmp_path: Path) -> None:
+    model = {"name": str(world / "model"), "lora": {"r": 2}}
+    with pytest.raises(UserError, match="a reference at the stage's start is not kept for LoRA runs"):
+        crosstrain.train(recipe(world, "sft", GRPO, model=model), tmp_path / "run")
+
+
+def test_stages_start_from_the_base_or_go_on(world: Path, tmp_path: Path) -> None:
+    once = crosstrain.train(recipe(world, {"method": "sft", "max_steps": 4}), tmp_path / "once")
+    twice = crosstrain.train(recipe(world, "sft", {"method": "sft", "restart_optimizer": False}), tmp_path / "twice")
+    for name, weight in weights(once.folder / "model").items():
+        assert torch.equal(weight, weights(twice.folder / "model")[name]), f"{name}: two stages are not one that went on"
+    fresh = crosstrain.train(recipe(world, "sft", {"method": "sft", "init_from": "base"}), tmp_path / "fresh")
+    restarted = crosstrain.train(recipe(world, "sft", "sft"), tmp_path / "restarted")
+    ends = [lines(r.folder)[3]["loss"] for r in (twice, fresh, restarted)]
+    assert len(set(ends)) == 3, ends
+
+
+SETS = {"dev": {"name": "dev", "task": "sums", "split": "dev", "size": 4}, "eval_steps": 1, **OFF}
+
+
+def test_a_plateau_ends_a_stage(world: Path, tmp_path: Path) -> None:
+    until = {"metric": "eval_accuracy", "mode": "max", "patience": 2}
+    stages = [{"method": "sft", "max_steps": 9, "until": until}, "dft"]
+    result = crosstrain.train(recipe(world, *stages, evaluation=SETS, max_length=400, max_prompt_length=200), tmp_path / "run")
+    ended = record(result.folder)["stages"]
+    assert [(s["method"], s["steps"], s["ended_by"]) for s in ended] == [
+        ("sft", 3, "plateau of eval_accuracy"),  # 0 at first, and twice no better
+        ("dft", 2, "max_steps"),
+    ]
+
+
+def test_the_best_weights_are_kept_and_put_back(world: Path, tmp_path: Path) -> None:
+    def trained(name: str, steps: int, **more: Any) -> run.RunResult:
+        stage = {"method": "sft", "max_steps": steps}
+        more = {"evaluation": SETS, "max_length": 400, "max_prompt_length": 200, **more}
+        return crosstrain.train(recipe(world, stage, **more), tmp_path / name)
+
+    best = trained("best", 4, save={"best_metric": "eval_response_length", "best_mode": "min"})
+    lengths = [line["eval_response_length"] for line in lines(best.folder)]
+    at = record(best.folder)["best"]
+    assert (at["value"], at["step"]) == (min(lengths), lengths.index(min(lengths)) + 1)
+    short = trained("short", at["step"])
+    for name, weight in weights(best.folder / "model").items():
+        assert torch.equal(weight, weights(short.folder / "model")[name])
+    with pytest.raises(UserError, match=r"save\.best_metric: got 'eval_acuracy'; measured are eval_accuracy"):
+        trained("wrong", 2, save={"best_metric": "eval_acuracy"})
+
+
+def test_the_evaluation_compares_with_the_base(world: Path, tmp_path: Path) -> None:
+    sets = {"in_distribution": [{"name": "sums", "task": "sums", "size": 4}], "pass_at_k": [1, 2], "samples_per_question": 4}
+    limits = {"max_length": 400, "max_prompt_length": 200}
+    result = crosstrain.train(recipe(world, "sft", evaluation={**sets, "forgetting": False}, **limits), tmp_path / "run")
+    assert result.evaluation is not None
+    metrics = result.evaluation["metrics"]
+    assert metrics["forward_kl"] > 0
+    assert metrics["reverse_kl"] > 0
+    assert len(read_lines(result.folder / "samples.jsonl")) == 16
+    base = json.loads((result.folder / "base" / "evaluation.json").read_text())["metrics"]
+    assert base["forward_kl"] == base["reverse_kl"] == 0
+    assert "| sums | sums (version 1) |" in (result.folder / "model" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("precision", ["mixed", "bf16"])
+def test_precision_policies(world: Path, tmp_path: Path, precision: str) -> None:
+    result = crosstrain.train(recipe(world, GRPO, precision=precision), tmp_path / "run")
+    assert record(result.folder)["precision"] == precision
+    assert {w.dtype for w in weights(result.folder / "model").values()} == {torch.float32}  # loaded so; stored in bf16
+    moved = weights(result.folder / "model")["model.norm.weight"] - weights(world / "model")["model.norm.weight"]
+    assert float(moved.abs().max()) > 1e-3
+
+
+def test_budgets_end_stages(world: Path, tmp_path: Path) -> None:
+    stages = [{"method": m, "max_steps": None, "budget_share": share} for m, share in (("sft", 0.25), (GRPO, 0.75))]
+    budget = {"unit": "processed_tokens", "amount": 2000}
+    result = crosstrain.train(recipe(world, *stages, budget=budget), tmp_path / "run")
+    spent = [line["cost/processed_tokens"] for line in lines(result.folder)]
+    steps = [s["steps"] for s in record(result.folder)["stages"]]
+    assert spent[steps[0] - 1] >= 500 > spent[steps[0] - 2]
+    assert spent[-1] - spent[steps[0] - 1] >= 1500 > spent[-2] - spent[steps[0] - 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"data": "prompts.jsonl"},
+            r"method luffy needs a demonstration \(`completion`\), which 6 of 6 rows of 'train' lack: .*:1",
+        ),
+        ({"rewards": None}, "method luffy samples completions, and nothing scores them"),
+        ({"rewards": ["reward.py:size"]}, "has no function 'size'"),
+        ({"max_prompt_length": 2}, r"rows\.jsonl:1: the prompt has 5 tokens, more than max_prompt_length 2"),
+        ({"max_prompt_length": 5, "max_length": 6}, None),
+        ({"model": "nowhere"}, "model 'nowhere': no such folder"),
+        ({"device": "cuda"}, "device: got 'cuda', which this machine does not have"),
+    ],
+)
+def test_mistakes_end_before_step_1(world: Path, tmp_path: Path, change: dict[str, Any], message: str | None) -> None:
+    at_home = {"prompts.jsonl": str(world / "prompts.jsonl")}
+    change = {k: at_home.get(v, v) if isinstance(v, str) else v for k, v in change.items()}
+    if change.get("rewards"):
+        change["rewards"] = [f"{world}/{name}" for name in change["rewards"]]
+    wrong = recipe(world, {"method": "luffy", "max_steps": 1}, **change)
+    if message is None:  # cut, with a warning in the record
+        warnings = record(crosstrain.train(wrong, tmp_path / "run").folder)["warnings"]
+        assert any("6 of 6 answers are cut at max_length" in w for w in warnings)
+        return
+    with pytest.raises(UserError, match=message):
+        crosstrain.train(wrong, tmp_path / "run")
+    assert lines(tmp_path / "run") == []
+
+
+def test_equal_rewards_are_a_warning(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "flat.py").write_text("def flat(completions, **kwargs):\n    return [1.0] * len(completions)\n")
+    result = crosstrain.train(recipe(world, GRPO, rewards=[f"{tmp_path}/flat.py:flat"]), tmp_path / "run")
+    assert any("all rewards are equal within every group" in w for w in record(result.folder)["warnings"])
+
+
+def test_the_plan_says_what_would_happen_and_writes_nothing(world: Path, tmp_path: Path) -> None:
+    planned = run.plan(run.as_recipe(recipe(world, "sft", GRPO, output_dir=str(tmp_path / "run"))))
+    assert [(s.method, s.steps) for s in planned.stages] == [("sft", 2), ("grpo", 2)]
+    assert planned.stages[1].cost.generated_tokens == 2 * 3 * 3 * 2
+    shown = str(planned)
+    assert "data: train, 6 rows" in shown
+    assert "rl: max(-A r, -A clip(r)), r = pi / old per sequences" in shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_metrics_go_to_trackers(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    (tmp_path / "trackio.py").write_text(
+        "def init(**k): pass\ndef finish(): open('ended', 'w').close()\n"
+        "def log(line, step): open('steps', 'a').write(f'{step} {line[\"loss\"]}\\n')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    crosstrain.train(recipe(world, "sft", report_to=["trackio"]), tmp_path / "run")
+    seen = [int(line.split()[0]) for line in (tmp_path / "steps").read_text().splitlines()]
+    assert seen == [1, 2]
+    assert (tmp_path / "ended").exists()
