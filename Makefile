@@ -55,7 +55,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/python -m pytest src tests/test_imports.py
 
 bench: $(VENV)/installed-dev
-	$(BIN)/python -m benchmarks
+	@$(BIN)/python -m benchmarks
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
