@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from dataclasses import dataclass
@@ -124,8 +125,9 @@ def _steps(recipe: Recipe, stage: Stage, one: Cost) -> int:
     return min(limits) if limits else 1
 
 
-def matmul_speed(dtype: torch.dtype, device: torch.device, size: int = 1024, repeats: int = 3) -> float:
-    """FLOP/s of a square matmul on this machine now: the best of a few short trials."""
+@functools.cache
+def matmul_speed(dtype: torch.dtype, device: torch.device, size: int = 1024, repeats: int = 10) -> float:
+    """FLOP/s of a square matmul on this machine: the best of a few short trials, measured once, so that a study's arms compare."""
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = float("inf")
     for _ in range(repeats + 1):
