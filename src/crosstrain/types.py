@@ -399,7 +399,7 @@ class Method:
         current policy's Scores without gradient (KTO's mismatched pairs, SDFT's second prompt).
     embed: changes the input embeddings in training, `(embeddings [N, L, D], batch) -> same` (NEFTune).
     grad_mask: parameters to leave alone at a step, by state (MIFO).
-    probes: names of extra quantities to measure and hand to `update`, such as a term's gradient norm.
+    probes: quantities to measure at every step and hand to `update`: `grad_norm/<term>`, the norm of that term's gradient alone.
     name, settings, paper: how it was made, for records.
     """
 

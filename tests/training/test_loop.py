@@ -363,3 +363,30 @@ def test_gradients_are_clipped_and_the_norm_before_it_is_logged() -> None:
     assert step.metrics["grad_clipped"] == 1.0 and step.metrics["grad_norm"] > 1e-3
     (step,) = Run(load_method("sft"), max_grad_norm=0.0, max_steps=1).steps()
     assert step.metrics["grad_clipped"] == 0.0
+
+
+# --- probes ---------------------------------------------------------------------------------------------------------
+
+
+def test_probes_measure_each_terms_gradient_and_change_nothing_else() -> None:
+    grpo = load_method("grpo", num_generations=3, beta=0.04)
+    seen: list[dict[str, float]] = []
+
+    def update(state: Any, metrics: Any) -> Any:
+        seen.append({k: v for k, v in metrics.items() if k.startswith("grad_norm/")})
+        return state
+
+    probed = Run(replace(grpo, probes=("grad_norm/rl", "grad_norm/kl"), update=update))
+    plain, rl, kl = Run(grpo), *(Run(replace(grpo, terms=(t,))) for t in grpo.terms)
+    ended = [run.steps() for run in (probed, plain, rl, kl)]
+    assert unchanged(probed.model, weights(plain.model))
+    assert len(seen) == 2
+    assert seen[0]["grad_norm/rl"] == pytest.approx(ended[2][0].metrics["grad_norm"], rel=1e-5)
+    assert seen[0]["grad_norm/kl"] == pytest.approx(ended[3][0].metrics["grad_norm"], rel=1e-5)
+    spent = [run.progress.cost.processed_tokens for run in (plain, probed)]
+    assert spent[1] > spent[0], "two more passes forward and backward cost nothing"
+
+
+def test_an_unknown_probe_is_refused() -> None:
+    with pytest.raises(UserError, match="unknown probe 'grad_norm/lr'; did you mean 'grad_norm/rl'"):
+        Run(replace(load_method("rloo"), probes=("grad_norm/lr",))).steps()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosstrain.errors import UserError
+from crosstrain.errors import UserError, nearest
 from crosstrain.objective.reduce import count, term_loss
 from crosstrain.objective.schedules import learning_rate_factor
 from crosstrain.rollout.sampler import Sampler, Sampling
@@ -28,6 +28,9 @@ from crosstrain.training.metrics import Meter, merge, rollout_metrics
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.score import CHANNELS, Layout, score
 from crosstrain.types import Batch, Group, Method, Scores, Source, State
+
+PROBE = "grad_norm/"
+"""What the name of a probe starts with; the name of a term follows."""
 
 
 class NonFinite(RuntimeError):
@@ -111,6 +114,7 @@ def train_stage(
     Raises NonFinite when a loss or gradient is not a number, UserError when data or rewards cannot serve the method.
     """
     _check_ends(method, settings)
+    _check_probes(method)
     while stage_progress(settings, progress) < 1.0:
         started = time.perf_counter()
         torch.manual_seed(_step_seed(engine.seed, progress.step))  # dropout depends on (seed, step), not on history
@@ -144,7 +148,8 @@ def train_stage(
                 learning_rate = settings.learning_rate * factor
                 line = update(engine, method, minibatch, optimizer, settings, learning_rate, progress, collected)
                 if line is not None:
-                    cost = cost.forward_backward(distinct_tokens(minibatch), engine.parameters)
+                    passes = 1 + len(method.probes)
+                    cost = cost.forward_backward(distinct_tokens(minibatch) * passes, engine.parameters)
                     lines.append(line)
                     progress.optimizer_steps += 1
         cost = cost.used_demonstrations(sum(len(g.by(Source.EXPERT)) for g in collected.groups) * method.updates.epochs)
@@ -168,6 +173,13 @@ def _check_ends(method: Method, settings: StageSettings) -> None:
             f"budget.unit: a stage of {method.name} spends no {settings.budget_unit} and would never end; "
             "use processed_tokens or flops, or give the stage max_steps"
         )
+
+
+def _check_probes(method: Method) -> None:
+    known = [PROBE + term.name for term in method.terms]
+    for name in method.probes:
+        if name not in known:
+            raise UserError(f"method {method.name}: unknown probe {name!r}; {nearest(name, known)}")
 
 
 def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tuple[Batch, Cost]:
@@ -238,11 +250,8 @@ def update(
     if not any(counts.values()):
         return None
     engine.model.train()
-    optimizer.zero_grad()
-    meter = Meter()
-    unit = "group" if any(t.unit == "group" for t in method.terms) else "token"
-    for index in cut(batch, engine.micro_batch_tokens, unit, shared=engine.layout == "shared"):
-        backward(engine, method, batch.rows(index.to(engine.device)), counts, meter)
+    probed = measure_probes(engine, method, batch, counts, optimizer)
+    meter = accumulate(engine, method, batch, counts, optimizer)
     if method.grad_mask is not None:
         optimizer.freeze(method.grad_mask(progress.state))
     grad_norm = optimizer.clip(settings.max_grad_norm)
@@ -250,7 +259,29 @@ def update(
         raise NonFinite(f"step {progress.step}: the gradient norm is {grad_norm}; examples: {_names(batch)}")
     optimizer.step(learning_rate)
     clipped = float(settings.max_grad_norm > 0 and grad_norm > settings.max_grad_norm)
-    return {**meter.metrics(), "grad_norm": grad_norm, "grad_clipped": clipped, "learning_rate": learning_rate}
+    return {**meter.metrics(), **probed, "grad_norm": grad_norm, "grad_clipped": clipped, "learning_rate": learning_rate}
+
+
+def accumulate(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, float], optimizer: Optimizer) -> Meter:
+    """The gradient of a whole batch, micro-batch by micro-batch, in place of what was there; and what was metered on the way."""
+    optimizer.zero_grad()
+    meter = Meter()
+    unit = "group" if any(t.unit == "group" for t in method.terms) else "token"
+    for index in cut(batch, engine.micro_batch_tokens, unit, shared=engine.layout == "shared"):
+        backward(engine, method, batch.rows(index.to(engine.device)), counts, meter)
+    return meter
+
+
+def measure_probes(
+    engine: Engine, method: Method, batch: Batch, counts: Mapping[str, float], optimizer: Optimizer
+) -> dict[str, float]:
+    """What the method asked to be measured: `grad_norm/<term>`, the norm of that term's gradient alone, at a pass each."""
+    found = {}
+    for name in method.probes:
+        term = next(t for t in method.terms if name == PROBE + t.name)
+        accumulate(engine, replace(method, terms=(term,)), batch, counts, optimizer)
+        found[name] = optimizer.clip(0.0)
+    return found
 
 
 def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, float], meter: Meter) -> None:
