@@ -250,6 +250,15 @@ def test_equal_rewards_are_a_warning(world: Path, tmp_path: Path) -> None:
     assert any("all rewards are equal within every group" in w for w in record(result.folder)["warnings"])
 
 
+def test_missing_scores_are_a_warning_once(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "none.py").write_text("def none(completions, **kwargs):\n    return [None] * len(completions)\n")
+    result = crosstrain.train(recipe(world, GRPO, rewards=[f"{tmp_path}/none.py:none"]), tmp_path / "run")
+    assert record(result.folder)["warnings"] == ["step 1: no completion got a score, so the step taught nothing"]
+    assert record(result.folder)["skipped_steps"] == 2
+    for name, weight in weights(result.folder / "model").items():
+        assert torch.equal(weight, weights(world / "model")[name])
+
+
 def test_the_plan_says_what_would_happen_and_writes_nothing(world: Path, tmp_path: Path) -> None:
     planned = run.plan(run.as_recipe(recipe(world, "sft", GRPO, output_dir=str(tmp_path / "run"))))
     assert [(s.method, s.steps) for s in planned.stages] == [("sft", 2), ("grpo", 2)]

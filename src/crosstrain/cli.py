@@ -33,6 +33,7 @@ ModelOrRun = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Bundled
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; every error is one line on stderr."""
     args = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own bars, which would fill logs; ours show what goes on
     command = typer.main.get_command(app)
     try:
         # Not `app(args)`: that one turns Ctrl-C and errors into its own words and exit codes.

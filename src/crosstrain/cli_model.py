@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -132,7 +133,7 @@ def evaluate_and_print(name: str, config: Path | None, out: Path | None, overrid
     """Measure a model as a recipe says, print the numbers, and write them with the samples when `out` is given."""
     recipe = recipe_for(name, config, overrides)
     model_of(name)
-    folder = out or Path("runs") / f"eval-{Path(name).name}"
+    folder = out or Path("runs") / f"eval-{re.sub('[^A-Za-z0-9._]+', '-', name).strip('-.')}"
     base = evaluate_base(recipe, folder / "base") if recipe.evaluation.divergence else None
     model, tokenizer = _load(name, resolve_device(recipe.device))
     found = evaluate_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -159,10 +160,7 @@ class _Run:
                     lines = completion_lines(self.progress.step, step.groups, self.tokenizer.decode)
                     append_lines(self.folder / "completions.jsonl", lines)
             self.display.step(self._done(), line)
-            if self.progress.stage_step == 1 and line.get("frac_reward_zero_std") == 1.0:
-                self._warn(
-                    f"step {self.progress.step}: all rewards are equal within every group; nothing can be learned from them"
-                )
+            self._look_at_rewards(line)
             if stage.until is not None and self._look(stage, line):
                 why = f"plateau of {stage.until.metric}"
                 break
@@ -172,6 +170,14 @@ class _Run:
         self.progress.stage += 1
         self.started = False
         self._save()
+
+    def _look_at_rewards(self, line: Mapping[str, Any]) -> None:
+        """Warn where a stage's first step, or all completions of any step, can teach nothing."""
+        where = f"step {self.progress.step}"
+        if self.progress.stage_step == 1 and line.get("frac_reward_zero_std") == 1.0:
+            self._warn(f"{where}: all rewards are equal within every group; nothing can be learned from them")
+        if math.isnan(line.get("reward", 0.0)):
+            self._warn(f"{where}: no completion got a score, so the step taught nothing", once="got a score")
 
     def _begin(self, stage: Stage, method: Method) -> None:
         """A stage's boundary: which weights, moments and schedule it starts with, and what it remembers."""
@@ -345,8 +351,9 @@ class _Run:
             self._warn(text)
         write_json(self.folder / "record.json", self.record)
 
-    def _warn(self, text: str) -> None:
-        if text not in self.record["warnings"]:
+    def _warn(self, text: str, *, once: str | None = None) -> None:
+        """Note and show a warning, unless it, or one that contains `once`, was given before."""
+        if not any((once or text) in given for given in self.record["warnings"]):
             self.record["warnings"].append(text)
             self.display.say(f"warning: {text}")
 
