@@ -6,7 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from templates import FAMILIES, tokenizer_of
 
@@ -221,6 +221,7 @@ def test_the_template_hash_tells_templates_apart() -> None:
 @given(texts, texts)
 def test_the_real_models_own_template(question: str, answer: str) -> None:
     tokenizer = real_tokenizer()
+    assume(tokenizer.decode(tokenizer(answer)["input_ids"]) == answer)  # its vocabulary lacks the bytes of some rare characters
     example = encoded({"prompt": [user(question)], "completion": [assistant(answer)]}, tokenizer)
     assert expert_text(tokenizer, example.expert[0]) == answer + "<|im_end|>"
     fixture = tokenizers("smollm2").apply_chat_template([user(question)], tokenize=False, add_generation_prompt=True)
