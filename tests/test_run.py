@@ -281,3 +281,102 @@ def test_metrics_go_to_trackers(world: Path, tmp_path: Path, monkeypatch: pytest
     seen = [int(line.split()[0]) for line in (tmp_path / "steps").read_text().splitlines()]
     assert seen == [1, 2]
     assert (tmp_path / "ended").exists()
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "message"),
+    [
+        ({"in_distribution": [{"name": "x", "task": "sumz"}], **OFF}, "unknown task 'sumz'; did you mean 'sums'"),
+        ({"in_distribution": [{"name": "x", "task": "sums", "split": "tset"}], **OFF}, "unknown split 'tset'"),
+        ({**SETS, "dev": {"name": "dev", "task": "sums", "split": "dve"}}, "unknown split 'dve'"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_made_is_told_before_training(
+    world: Path, tmp_path: Path, evaluation: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        crosstrain.train(recipe(world, "sft", evaluation=evaluation), tmp_path / "run")
+    assert lines(tmp_path / "run") == []
+
+
+def test_a_budget_also_ends_a_stage_with_max_steps(world: Path, tmp_path: Path) -> None:
+    budget = {"unit": "processed_tokens", "amount": 100}
+    result = crosstrain.train(recipe(world, {"method": "sft", "max_steps": 9}, budget=budget), tmp_path / "run")
+    assert [line["cost/processed_tokens"] >= 100 for line in lines(result.folder)] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("stages", "more", "message"),
+    [
+        (["sft", "sft"], {"budget": {"amount": 100}}, "'budget' has no effect: no stage has a 'budget_share'"),
+        (
+            [{"method": "sft", "init_from": "best"}],
+            {"evaluation": SETS, "save": {"best_metric": "x"}},
+            "nothing was trained before it",
+        ),
+        (["sft", {"method": "sft", "restart_schedule": False, "lr_scheduler_type": "linear"}], {}, "'restart_schedule: false'"),
+        (
+            [{"method": "sft", "until": {"metric": "eval_accuracy", "mode": "max", "patience": 1}}],
+            {},
+            "needs 'evaluation.eval_steps'",
+        ),
+        (
+            [{"method": "sft", "until": {"metric": "los", "mode": "min", "patience": 1}}],
+            {},
+            "'los' is not measured; did you mean 'loss'",
+        ),
+        ([{"method": {"grpo": {"num_generations": "8"}}}], {}, "num_generations must be a whole number; got '8'"),
+        ([{"method": {"hpt": {"gate": 0.5}}}], {}, "gate must be a whole number; got 0.5"),
+    ],
+)
+def test_settings_without_effect_or_sense_are_refused(
+    world: Path, tmp_path: Path, stages: list[Any], more: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        crosstrain.train(recipe(world, *stages, **more), tmp_path / "run")
+
+
+def test_a_run_whose_data_changed_does_not_go_on(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes((world / "rows.jsonl").read_bytes())
+    wanted = recipe(world, {"method": "sft", "max_steps": 3}, data=str(rows), save={"save_steps": 1})
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("crosstrain.run._Run._keep_best", _stop_at_2)
+        crosstrain.train(wanted, tmp_path / "run")
+    before = rows.read_bytes()
+    rows.write_bytes(before + b'{"prompt": "more", "completion": "rows"}\n')
+    with pytest.raises(UserError, match="data has changed since this run began"):
+        crosstrain.train(wanted, tmp_path / "run")
+    rows.write_bytes(before)
+    assert crosstrain.train(wanted, tmp_path / "run").metrics["step"] == 3
+
+
+def _stop_at_2(run: Any, line: dict[str, Any]) -> None:
+    if line["step"] == 2:
+        raise KeyboardInterrupt
+
+
+def test_model_text_with_odd_line_ends_can_be_read_back(tmp_path: Path) -> None:
+    from crosstrain.training.record import append_lines, cut_lines
+
+    odd = [{"step": i, "completion": f"a\u2028b\u0085c\u2029{i}"} for i in range(3)]
+    append_lines(tmp_path / "completions.jsonl", odd)
+    cut_lines(tmp_path / "completions.jsonl", 1)
+    assert read_lines(tmp_path / "completions.jsonl") == odd[:2]
+
+
+def test_a_folder_is_replaced_without_a_moment_of_absence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from crosstrain.training import checkpoint
+
+    place = tmp_path / "step"
+    checkpoint.write_folder(place, lambda d: (d / "x").write_text("old"))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("crosstrain.training.checkpoint.shutil.rmtree", _killed_at_deleting)
+        checkpoint.write_folder(place, lambda d: (d / "x").write_text("new"))
+    assert (place / "x").read_text() == "new"
+    assert checkpoint.latest(tmp_path) is None, "what is being replaced is no checkpoint"
+
+
+def _killed_at_deleting(path: Path, ignore_errors: bool = False) -> None:
+    if path.name.endswith(".old"):
+        raise KeyboardInterrupt

@@ -61,6 +61,7 @@ def load_base(recipe: Recipe, device: torch.device, dtype: torch.dtype = torch.f
         attn_implementation=spec.attn_implementation,
         lora=spec.lora,
         gradient_checkpointing=recipe.gradient_checkpointing,
+        seed=recipe.seed,
     )
 
 
@@ -146,6 +147,31 @@ def check_rewards(method: Method, rewards: object | None) -> None:
         )
 
 
+def check_reference(recipe: Recipe, method: Method, stage: int) -> None:
+    """Before step 1: the reference that a stage compares with can be kept."""
+    later = stage > 0 and "ref_logp" in method.needs and method.reference == "stage_start"
+    if later and recipe.model.lora is not None:
+        raise UserError(
+            f"stage {stage}: a reference at the stage's start is not kept for LoRA runs; train the stages as separate runs, or "
+            "without LoRA, or set the method's KL to 0"
+        )
+
+
+def check_evaluation(recipe: Recipe, tokenizer: Any) -> None:
+    """Before step 1: the questions of the evaluation exist and can be rendered, so that no training is lost to them."""
+    from crosstrain.evaluate.forgetting import gold_answers
+    from crosstrain.evaluate.questions import load_set
+    from crosstrain.evaluate.suite import questions
+
+    spec = recipe.evaluation
+    for one in (*spec.in_distribution, *spec.out_of_distribution, *([spec.dev] if spec.dev else [])):
+        load_set(one, "dev", tokenizer, 1)
+    if spec.forgetting:
+        if tokenizer.chat_template is None:
+            raise UserError("evaluation.forgetting asks chat questions, and the model has no chat template; set it to false")
+        gold_answers(tokenizer, questions()[:1])
+
+
 def _brings(example: Example, needs: str) -> bool:
     rewards = [t.reward for t in example.expert]
     return {
@@ -218,8 +244,7 @@ def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
 def stage_settings(recipe: Recipe, stage: Stage) -> StageSettings:
     """A stage's numbers, its share of the budget among them."""
     budget = recipe.budget
-    alone = budget is not None and len(recipe.stages) == 1 and stage.max_steps is None
-    share = stage.budget_share if stage.budget_share is not None else (1.0 if alone else None)
+    share = stage.budget_share if stage.budget_share is not None else (1.0 if len(recipe.stages) == 1 else None)
     return StageSettings(
         batch_size=stage.batch_size,
         learning_rate=stage.learning_rate,

@@ -63,8 +63,10 @@ def plan(recipe: Recipe) -> RunPlan:
     model, tokenizer = assemble.load_base(recipe, device)
     parameters = sum(p.numel() for p in model.parameters())
     loaded = assemble.load_streams(recipe, tokenizer)
-    for method in methods:
+    for i, method in enumerate(methods):
         assemble.check_data(method, loaded)
+        assemble.check_reference(recipe, method, i)
+    assemble.check_evaluation(recipe, tokenizer)
     with assemble.reward_scorer(recipe, tokenizer) as rewards:
         for method in methods:
             assemble.check_rewards(method, rewards)

@@ -20,7 +20,7 @@ from crosstrain import assemble
 from crosstrain.card import model_card
 from crosstrain.config import Recipe, Stage, config_hash, load_recipe, parse
 from crosstrain.data import template_hash
-from crosstrain.errors import UserError
+from crosstrain.errors import UserError, nearest
 from crosstrain.evaluate import BaseAnswers, evaluate_model, measure_dev
 from crosstrain.models import describe_model, resolve_device, save_model
 from crosstrain.planning import RunPlan, plan
@@ -98,8 +98,10 @@ class _Run:
         self.methods = [assemble.stage_method(stage) for stage in recipe.stages]
         self.model, self.tokenizer = assemble.load_base(recipe, self.device)
         self.loaded = assemble.load_streams(recipe, self.tokenizer)
-        for method in self.methods:
+        for i, method in enumerate(self.methods):
             assemble.check_data(method, self.loaded)
+            assemble.check_reference(recipe, method, i)
+        assemble.check_evaluation(recipe, self.tokenizer)
         self.precision = assemble.resolve_precision(recipe, self.device)
         self.optimizer = Optimizer(self.model, self.precision)
         self.progress = Progress()
@@ -127,10 +129,12 @@ class _Run:
                 self.display.finish()
         if self.best:
             self.optimizer.set_weights(load_file(self.folder / "best" / "weights.safetensors"))
+        if save_weights:  # before the evaluation, whose failure must not lose it
+            save_model(self.model, self.tokenizer, self.folder / "model")
         evaluation = self._evaluate()
         if save_weights:
             card = model_card(self.recipe, self.record, self.progress.cost, evaluation)
-            save_model(self.model, self.tokenizer, self.folder / "model", card)
+            (self.folder / "model" / "README.md").write_text(card, encoding="utf-8")
         return self._finish(evaluation)
 
     def _trackers(self) -> AbstractContextManager[Log]:
@@ -214,11 +218,6 @@ class _Run:
         return assemble.make_reference(self.model, self.recipe.model.lora is not None) if needed else None
 
     def _stage_start_reference(self) -> Any:
-        if self.recipe.model.lora is not None:
-            raise UserError(
-                f"stage {self.progress.stage}: a reference at the stage's start is not kept for LoRA runs; "
-                "train the stages as separate runs, or without LoRA"
-            )
         now = {n: m.clone() for n, m in self.optimizer.weights().items()}
         self.optimizer.set_weights(load_file(self.folder / "reference" / "weights.safetensors"))
         reference = assemble.make_reference(self.model, False)
@@ -238,8 +237,8 @@ class _Run:
     def _keep_best(self, line: Mapping[str, Any]) -> None:
         save = self.recipe.save
         value = line.get(save.best_metric) if save.best_metric else None
-        if value is None:
-            if save.best_metric and "eval_accuracy" in line:
+        if value is None or math.isnan(value):
+            if save.best_metric and value is None and "eval_accuracy" in line:
                 names = ", ".join(k for k in line if k.startswith("eval_"))
                 raise UserError(f"save.best_metric: got {save.best_metric!r}; measured are {names}")
             return
@@ -251,6 +250,8 @@ class _Run:
         assert stage.until is not None
         value = line.get(stage.until.metric)
         if value is None:
+            if not stage.until.metric.startswith("eval_") or "eval_accuracy" in line:
+                raise UserError(f"until.metric: {stage.until.metric!r} is not measured; {nearest(stage.until.metric, line)}")
             return False
         self.plateau = self.plateau.look(value, mode=stage.until.mode, min_delta=stage.until.min_delta)
         return self.plateau.looks >= stage.until.patience
@@ -329,8 +330,20 @@ class _Run:
         for name in ("metrics.jsonl", "completions.jsonl"):
             cut_lines(self.folder / name, step)
 
+    def _check_unchanged(self, now: Mapping[str, Any]) -> None:
+        """UserError when a checkpoint waits and what it was trained on is not what is there now."""
+        if checkpoint.latest(self.folder / "checkpoints") is None:
+            return
+        for key in ("data", "template_hash", "precision"):
+            before = self.record.get(key, now[key])
+            if before != now[key]:
+                raise UserError(
+                    f"{self.folder}: {key} has changed since this run began (then {before}, now {now[key]}), so it cannot go on "
+                    "as it was; put it back, or start anew in another --out"
+                )
+
     def _note_start(self, engine: Engine) -> None:
-        self.record |= {
+        now = {
             "status": "running",
             "recipe_hash": config_hash(self.recipe),
             "model": describe_model(self.recipe.model.name),
@@ -345,6 +358,8 @@ class _Run:
             "hardware": hardware(self.device),
             "stages": [],
         }
+        self._check_unchanged(now)
+        self.record |= now
         self.record.setdefault("started_at", _now())
         self.record.setdefault("warnings", [])
         for text in self.loaded.warnings:

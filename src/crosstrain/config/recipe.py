@@ -315,6 +315,8 @@ class Recipe(BaseModel):
                 raise ValueError(f"stage {i} ({stage.method.name}) never ends: give it 'max_steps' or 'budget_share'")
             if stage.init_from == "best" and self.save.best_metric is None:
                 raise ValueError(f"stage {i} has 'init_from: best' but 'save.best_metric' is not set")
+        if self.budget is not None and len(self.stages) > 1 and all(s.budget_share is None for s in self.stages):
+            raise ValueError("'budget' has no effect: no stage has a 'budget_share'")
         if (total := sum(stage.budget_share or 0.0 for stage in self.stages)) > 1 + 1e-9:
             raise ValueError(f"the stages' 'budget_share' add up to {total:g}; at most 1 is allowed")
         return self
@@ -326,6 +328,16 @@ class Recipe(BaseModel):
                 f"'max_prompt_length' ({self.max_prompt_length}) leaves no room for an answer within 'max_length' "
                 f"({self.max_length})"
             )
+        for i, stage in enumerate(self.stages):
+            if stage.until is not None and stage.until.metric.startswith("eval_") and not self.evaluation.eval_steps:
+                raise ValueError(f"stage {i}: 'until.metric' needs 'evaluation.eval_steps' above 0, or it is never measured")
+            if i and not stage.restart_schedule and stage.lr_scheduler_type != "constant":
+                raise ValueError(
+                    f"stage {i}: 'restart_schedule: false' keeps the warmup of a constant schedule from coming again; a "
+                    f"{stage.lr_scheduler_type} one belongs to its stage"
+                )
+        if self.stages[0].init_from == "best":
+            raise ValueError("stage 0 has 'init_from: best', and nothing was trained before it")
         if self.save.best_metric is not None and not self.evaluation.eval_steps:
             raise ValueError("'save.best_metric' needs 'evaluation.eval_steps' above 0, or it is never measured")
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -176,7 +177,7 @@ def _dataset_folder(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    reader = csv.DictReader(_utf8_file(path).splitlines(keepends=True))
+    reader = csv.DictReader(io.StringIO(_utf8_file(path), newline=""))
     for record in reader:
         where = f"{path}:{reader.line_num}"
         if None in record or None in record.values():

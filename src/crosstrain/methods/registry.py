@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,15 +67,31 @@ def load_method(name: str, **settings: Any) -> Method:
     for key in settings:
         if key not in allowed:
             raise UserError(f"method {name}: unknown setting {key!r}; {nearest(key, allowed)}")
+    for key, value in settings.items():
+        _check_kind(name, key, value, allowed[key].default)
     required = [key for key, p in allowed.items() if p.default is p.empty and key not in settings]
     if required:
         raise UserError(f"method {name}: the setting {required[0]!r} has no default; give it a value")
     try:
         made = factory(**settings)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"method {name}: {error}") from error
     defaults = {key: p.default for key, p in allowed.items()}
     return made if made.name else replace(made, name=name, settings={**defaults, **settings})
+
+
+def _check_kind(name: str, key: str, value: Any, default: Any) -> None:
+    """UserError when a setting is not of its default's kind; a default of None says nothing."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = {
+        bool: isinstance(value, bool),
+        int: isinstance(value, int) and number,
+        float: number and math.isfinite(value),
+        str: isinstance(value, str),
+    }
+    words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
+    if not fits.get(type(default), True):
+        raise UserError(f"method {name}: {key} must be {words[type(default)]}; got {value!r}")
 
 
 def _by_name(name: str) -> Factory:

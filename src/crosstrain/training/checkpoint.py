@@ -66,10 +66,12 @@ def write_folder(place: Path, fill: Any) -> None:
     fill(temporary)
     for path in [*(p for p in temporary.rglob("*") if p.is_file()), temporary]:
         flush(path)
-    if place.exists():
-        shutil.rmtree(place)
+    before = place.with_name(f".{place.name}.{os.getpid()}.old")
+    if place.exists():  # two renames: whatever is killed, the old folder or the new one is whole
+        place.rename(before)
     temporary.rename(place)
     flush(place.parent)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -174,11 +174,12 @@ def _trajectory(example: Example, request: Request, completion: Completion, step
 
 def _with_known_rewards(group: Group) -> Group | None:
     own = group.by(Source.POLICY)
-    known = [t for t in own if t.reward is not None]
-    if len(known) == len(own):
-        return group
-    left = tuple(t for t in group.trajectories if t.reward is not None or not t.wrote(Source.POLICY))
-    return replace(group, trajectories=left) if known else None
+    if not own:
+        return group  # imitation: no reward is asked for
+    known = tuple(t for t in group.trajectories if t.reward is not None or not t.wrote(Source.POLICY))
+    # a demonstration that no verifier judges is taken to be right
+    judged = tuple(replace(t, reward=1.0) if t.reward is None else t for t in known)
+    return replace(group, trajectories=judged) if any(t.wrote(Source.POLICY) for t in judged) else None
 
 
 def _penalised(group: Group, truncation: Truncation) -> Group:

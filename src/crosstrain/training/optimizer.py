@@ -105,7 +105,8 @@ class Optimizer:
     def _load_moments(self, moments: Mapping[str, Tensor]) -> None:
         for key, value in moments.items():
             name, _, quantity = key.rpartition("/")
-            self.adamw.state[self.masters[name]][quantity] = value.clone()
+            master = self.masters[name]
+            self.adamw.state[master][quantity] = value.to(master.device, copy=True)
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:

@@ -101,9 +101,10 @@ def trajectory_logps(
         return []
     batch = to_batch([Group(Example("", "", p), tuple(trajectories[i] for i in m)) for p, m in groups.items()])
     result: list[Tensor] = [torch.empty(0)] * len(trajectories)
+    device = next(model.parameters()).device
     with torch.no_grad():
         for index in cut(batch, tokens_per_micro_batch, "token", shared=layout == "shared"):
-            logp = score(model, batch.rows(index), temperature=temperature, layout=layout).logp
+            logp = score(model, batch.rows(index).to(device), temperature=temperature, layout=layout).logp.cpu()
             for values, row in zip(logp, index.tolist(), strict=True):
                 result[order[row]] = values[: int(batch.length[row])].float()
     return result
