@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,7 +12,7 @@ from synthetic import HOSTILE, MODEL, write_study
 
 from crosstrain.studies.report import banner_texts, write_report
 from crosstrain.studies.report_figures import as_json
-from crosstrain.studies.report_text import say_verdict
+from crosstrain.studies.report_text import _key_points, say_verdict
 from crosstrain.studies.results import build_results
 
 VOID = {"meta", "input", "br", "img", "path", "circle"}
@@ -237,3 +238,21 @@ def test_unequal_budgets_are_said(tmp_path: Path) -> None:
     found = build_results(tmp_path)
     found["study"]["budget"]["equal"] = False
     assert any("Not every run spent the same budget" in text for text in banner_texts(found))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ((-0.2, 0.0), "What it forgot: nothing on average in any arm, from sft ("),
+        ((-0.2, 0.1), "forgot least of the general answers it knew, grpo ("),
+    ],
+)
+def test_an_arm_that_got_better_is_not_said_to_have_forgotten(
+    results: dict[str, Any], changes: tuple[float, float], expected: str
+) -> None:
+    changed = copy.deepcopy(results)
+    for measure in changed["measures"]:
+        if measure["key"] == "forgetting/nll":
+            measure["arms"] = {n: {**measure["arms"][n], "mean": c} for n, c in zip(("sft", "grpo"), changes, strict=True)}
+    [line] = [point for point in _key_points(changed) if point.startswith("What it forgot")]
+    assert expected in line

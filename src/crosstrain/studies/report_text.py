@@ -159,7 +159,10 @@ def _key_points(results: Results) -> list[str]:
     if len(trained) > 1:
         m = measure_of(results, "forgetting/nll")
         least, most = (f"{shown(n)} ({number(forgotten[n]['mean'], m)} {m['unit']})" for n in (trained[0], trained[-1]))
-        lines.append(f"What it forgot: {least} moved least from the general answers it knew, {most} most.")
+        if float(forgotten[trained[-1]]["mean"]) <= 0:  # the gold answers became no less likely
+            lines.append(f"What it forgot: nothing on average in any arm, from {least} to {most}.")
+        else:
+            lines.append(f"What it forgot: {least} forgot least of the general answers it knew, {most} most.")
     return lines
 
 
