@@ -16,6 +16,7 @@ from crosstrain import run
 from crosstrain.errors import UserError
 from crosstrain.models import load_model
 from crosstrain.testing import save_tiny_model
+from crosstrain.training import checkpoint
 from crosstrain.training.record import read_lines
 
 OFF = {"forgetting": False, "divergence": False}
@@ -270,7 +271,6 @@ def test_the_plan_says_what_would_happen_and_writes_nothing(world: Path, tmp_pat
 
 
 def test_metrics_go_to_trackers(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
     (tmp_path / "trackio.py").write_text(
         "def init(**k): pass\ndef finish(): open('ended', 'w').close()\n"
         "def log(line, step): open('steps', 'a').write(f'{step} {line[\"loss\"]}\\n')\n"
@@ -365,16 +365,36 @@ def test_model_text_with_odd_line_ends_can_be_read_back(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "completions.jsonl") == odd[:2]
 
 
-def test_a_folder_is_replaced_without_a_moment_of_absence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from crosstrain.training import checkpoint
-
-    place = tmp_path / "step"
+def test_a_replaced_folder_is_deleted_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "model"
     checkpoint.write_folder(place, lambda d: (d / "x").write_text("old"))
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("crosstrain.training.checkpoint.shutil.rmtree", _killed_at_deleting)
         checkpoint.write_folder(place, lambda d: (d / "x").write_text("new"))
     assert (place / "x").read_text() == "new"
-    assert checkpoint.latest(tmp_path) is None, "what is being replaced is no checkpoint"
+
+
+def test_a_kill_while_a_stages_end_is_saved_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def saved(stage: int) -> None:
+        checkpoint.save(tmp_path, 10, checkpoint.Checkpoint({"w": torch.ones(1)}, {}, {"stage": stage}), stage=stage)
+
+    saved(0)
+    for moment in ("pathlib.Path.rename", "crosstrain.training.checkpoint.shutil.rmtree"):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(moment, _killed)
+            saved(1)
+        latest = checkpoint.latest(tmp_path)
+        assert latest is not None and checkpoint.load(latest).state["stage"] == 0
+    saved(1)
+    latest = checkpoint.latest(tmp_path)
+    assert latest is not None and checkpoint.load(latest).state["stage"] == 1
+    assert [p.name for p in tmp_path.glob("step-*")] == [latest.name]
+
+
+def _killed(*args: Any, **kwargs: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def _killed_at_deleting(path: Path, ignore_errors: bool = False) -> None:

@@ -123,8 +123,8 @@ def _cannot_load(name: str, error: Exception) -> UserError:
     return UserError(f"model {name!r} cannot be loaded: {first}")
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, card: str | None = None) -> None:
-    """A Hugging Face folder with weights, tokenizer and model card; LoRA is merged, with the adapter beside it in `adapter/`.
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """A Hugging Face folder with weights and tokenizer; LoRA is merged, with the adapter beside it in `adapter/`.
 
     It appears complete or not at all, in the place of one that was there.
     """
@@ -136,8 +136,6 @@ def save_model(model: Any, tokenizer: Any, folder: Path, card: str | None = None
             merged = copy.deepcopy(model).merge_and_unload()
         merged.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        if card is not None:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
 
     write_folder(folder, fill)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import math
 import shutil
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from crosstrain.errors import UserError, nearest
 from crosstrain.evaluate import BaseAnswers, evaluate_model, measure_dev
 from crosstrain.models import describe_model, resolve_device, save_model
 from crosstrain.planning import RunPlan, plan
+from crosstrain.run_folder import RunResult, folder_of, now, open_folder, result_of
 from crosstrain.training import checkpoint
 from crosstrain.training.checkpoint import Checkpoint, write_folder, write_json
 from crosstrain.training.cost import Cost
@@ -36,7 +35,6 @@ from crosstrain.training.record import (
     cut_lines,
     hardware,
     peak_memory_gb,
-    read_lines,
     versions,
 )
 from crosstrain.training.switch import Plateau
@@ -44,16 +42,6 @@ from crosstrain.training.trackers import Log, trackers
 from crosstrain.types import Method
 
 __all__ = ["RunPlan", "RunResult", "as_recipe", "evaluate_base", "plan", "train"]
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a finished run left: its folder, what it cost, its last metrics and its evaluation (None when nothing is set)."""
-
-    folder: Path
-    cost: Cost
-    metrics: Mapping[str, Any]
-    evaluation: Mapping[str, Any] | None
 
 
 def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -79,10 +67,10 @@ def train(
     save_weights: leave the trained model as a Hugging Face folder `model/`.
     """
     recipe = as_recipe(recipe)
-    folder = _folder(recipe, output_dir)
-    record = _open_folder(recipe, folder)
+    folder = folder_of(recipe, output_dir)
+    record = open_folder(recipe, folder)
     if record.get("status") == "finished":
-        return _result(folder, record)
+        return result_of(folder, record)
     run = _Run(recipe, folder, record, display or Display(), base)
     return run.to_the_end(save_weights)
 
@@ -218,10 +206,10 @@ class _Run:
         return assemble.make_reference(self.model, self.recipe.model.lora is not None) if needed else None
 
     def _stage_start_reference(self) -> Any:
-        now = {n: m.clone() for n, m in self.optimizer.weights().items()}
+        current = {n: m.clone() for n, m in self.optimizer.weights().items()}
         self.optimizer.set_weights(load_file(self.folder / "reference" / "weights.safetensors"))
         reference = assemble.make_reference(self.model, False)
-        self.optimizer.set_weights(now)
+        self.optimizer.set_weights(current)
         return reference
 
     # --- measuring --------------------------------------------------------------------------------------------------
@@ -307,7 +295,8 @@ class _Run:
         }
         where = self.folder / "checkpoints"
         found = Checkpoint(self.optimizer.weights(), self.optimizer.moments(), state)
-        checkpoint.save(where, self.progress.step, found, keep=self.recipe.save.save_total_limit)
+        limit = self.recipe.save.save_total_limit
+        checkpoint.save(where, self.progress.step, found, stage=self.progress.stage, keep=limit)
 
     def _resume(self) -> None:
         place = checkpoint.latest(self.folder / "checkpoints")
@@ -330,20 +319,20 @@ class _Run:
         for name in ("metrics.jsonl", "completions.jsonl"):
             cut_lines(self.folder / name, step)
 
-    def _check_unchanged(self, now: Mapping[str, Any]) -> None:
+    def _check_unchanged(self, setup: Mapping[str, Any]) -> None:
         """UserError when a checkpoint waits and what it was trained on is not what is there now."""
         if checkpoint.latest(self.folder / "checkpoints") is None:
             return
         for key in ("data", "template_hash", "precision"):
-            before = self.record.get(key, now[key])
-            if before != now[key]:
+            before = self.record.get(key, setup[key])
+            if before != setup[key]:
                 raise UserError(
-                    f"{self.folder}: {key} has changed since this run began (then {before}, now {now[key]}), so it cannot go on "
+                    f"{self.folder}: {key} has changed since this run began (then {before}, now {setup[key]}), so it cannot go on "
                     "as it was; put it back, or start anew in another --out"
                 )
 
     def _note_start(self, engine: Engine) -> None:
-        now = {
+        setup = {
             "status": "running",
             "recipe_hash": config_hash(self.recipe),
             "model": describe_model(self.recipe.model.name),
@@ -358,9 +347,9 @@ class _Run:
             "hardware": hardware(self.device),
             "stages": [],
         }
-        self._check_unchanged(now)
-        self.record |= now
-        self.record.setdefault("started_at", _now())
+        self._check_unchanged(setup)
+        self.record |= setup
+        self.record.setdefault("started_at", now())
         self.record.setdefault("warnings", [])
         for text in self.loaded.warnings:
             self._warn(text)
@@ -375,7 +364,7 @@ class _Run:
     def _finish(self, evaluation: dict[str, Any] | None) -> RunResult:
         self.record |= {
             "status": "finished",
-            "finished_at": _now(),
+            "finished_at": now(),
             "cost": asdict(self.progress.cost),
             "steps": self.progress.step,
             "skipped_steps": self.progress.skipped,
@@ -385,7 +374,7 @@ class _Run:
         write_json(self.folder / "record.json", self.record)
         for name in ("checkpoints", "best", "reference"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        return _result(self.folder, self.record)
+        return result_of(self.folder, self.record)
 
 
 def evaluate_base(recipe: Recipe, folder: Path, *, display: Display | None = None) -> BaseAnswers:
@@ -411,37 +400,3 @@ def evaluate_base(recipe: Recipe, folder: Path, *, display: Display | None = Non
     found.answers.write(answers)
     write_json(folder / "evaluation.json", found.evaluation)
     return found.answers
-
-
-def _folder(recipe: Recipe, output_dir: str | Path | None) -> Path:
-    where = output_dir or recipe.output_dir
-    if where is None:
-        raise UserError("a run needs a folder: give --out DIR (output_dir in Python, or `output_dir:` in the recipe)")
-    return Path(where)
-
-
-def _open_folder(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """The folder's record so far; UserError when it belongs to something else."""
-    saved, record = folder / "recipe.json", folder / "record.json"
-    mine = {"hash": config_hash(recipe), "recipe": recipe.model_dump(mode="json")}
-    if saved.is_file():
-        theirs = json.loads(saved.read_text(encoding="utf-8"))
-        if theirs["hash"] != mine["hash"]:
-            raise UserError(f"{folder} holds a run of another recipe; choose another --out, or delete that folder")
-        return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is no run of crosstrain; choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(saved, mine)
-    return {}
-
-
-def _result(folder: Path, record: Mapping[str, Any]) -> RunResult:
-    lines = read_lines(folder / "metrics.jsonl")
-    found = folder / "evaluation.json"
-    evaluation = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else None
-    return RunResult(folder, Cost(**record["cost"]), lines[-1] if lines else {}, evaluation)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -27,9 +27,12 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
-def save(folder: Path, step: int, checkpoint: Checkpoint, *, keep: int = 1) -> Path:
-    """Write `folder/step-<step>` atomically and durably, then remove all but the newest `keep`."""
-    place = folder / f"step-{step:08d}"
+def save(folder: Path, step: int, checkpoint: Checkpoint, *, stage: int = 0, keep: int = 1) -> Path:
+    """Write `folder/step-<step>-stage-<stage>` atomically and durably, then remove all but the newest `keep`.
+
+    The stage is part of the name because its end is a second checkpoint of the same step: nothing is ever written over.
+    """
+    place = folder / f"step-{step:08d}-stage-{stage:03d}"
 
     def fill(temporary: Path) -> None:
         save_file({k: v.contiguous().cpu() for k, v in checkpoint.weights.items()}, temporary / "weights.safetensors")
@@ -67,7 +70,7 @@ def write_folder(place: Path, fill: Any) -> None:
     for path in [*(p for p in temporary.rglob("*") if p.is_file()), temporary]:
         flush(path)
     before = place.with_name(f".{place.name}.{os.getpid()}.old")
-    if place.exists():  # two renames: whatever is killed, the old folder or the new one is whole
+    if place.exists():  # aside first, deleted last: both are whole on disk, though for an instant neither has the name
         place.rename(before)
     temporary.rename(place)
     flush(place.parent)

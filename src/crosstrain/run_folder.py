@@ -1,0 +1,63 @@
+"""A run's folder: whose it is, and what a finished run left in it."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from crosstrain.config import Recipe, config_hash
+from crosstrain.errors import UserError
+from crosstrain.training.checkpoint import write_json
+from crosstrain.training.cost import Cost
+from crosstrain.training.record import read_lines
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left: its folder, what it cost, its last metrics and its evaluation (None when nothing is set)."""
+
+    folder: Path
+    cost: Cost
+    metrics: Mapping[str, Any]
+    evaluation: Mapping[str, Any] | None
+
+
+def folder_of(recipe: Recipe, output_dir: str | Path | None) -> Path:
+    """Where the run goes: what is given, else what the recipe says; UserError when neither does."""
+    where = output_dir or recipe.output_dir
+    if where is None:
+        raise UserError("a run needs a folder: give --out DIR (output_dir in Python, or `output_dir:` in the recipe)")
+    return Path(where)
+
+
+def open_folder(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """The folder's record so far; UserError when it belongs to something else."""
+    saved, record = folder / "recipe.json", folder / "record.json"
+    mine = {"hash": config_hash(recipe), "recipe": recipe.model_dump(mode="json")}
+    if saved.is_file():
+        theirs = json.loads(saved.read_text(encoding="utf-8"))
+        if theirs["hash"] != mine["hash"]:
+            raise UserError(f"{folder} holds a run of another recipe; choose another --out, or delete that folder")
+        return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is no run of crosstrain; choose another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(saved, mine)
+    return {}
+
+
+def result_of(folder: Path, record: Mapping[str, Any]) -> RunResult:
+    """What a finished run's folder holds."""
+    lines = read_lines(folder / "metrics.jsonl")
+    found = folder / "evaluation.json"
+    evaluation = json.loads(found.read_text(encoding="utf-8")) if found.is_file() else None
+    return RunResult(folder, Cost(**record["cost"]), lines[-1] if lines else {}, evaluation)
+
+
+def now() -> str:
+    """The time, as records have it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
