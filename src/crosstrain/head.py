@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
+from torch.nn.utils.parametrize import is_parametrized
 
 from crosstrain.errors import UserError
 
@@ -26,14 +27,52 @@ def head_logits(model: Any, hidden: Tensor, parameters: Mapping[str, Tensor] | N
     if parameters is None:
         parameters = head_parameters(model)
     dtype = next(iter(parameters.values())).dtype
-    logits: Tensor = functional_call(model.get_output_embeddings(), dict(parameters), (hidden.to(dtype),))
+    weight = plain_head(model)
+    exact = weight is not None and hidden.dtype == weight.dtype == torch.bfloat16 and hidden.device.type == "cpu"
+    with bf16_products() if exact else nullcontext():
+        logits: Tensor = functional_call(model.get_output_embeddings(), dict(parameters), (hidden.to(dtype),))
     return _after_head(model, logits)
+
+
+@contextmanager
+def bf16_products() -> Iterator[None]:
+    """fp32 matrix products on a processor take its bf16 instructions: right to fp32's last digits where both inputs are bf16
+    numbers, of which every product fits into fp32, and faster. Sums are in fp32 as ever. Only such products may stand inside.
+
+    The switch is torch's and the whole process's; a precision that is set already stays.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and newer
+    before = getattr(matmul, "fp32_precision", None)
+    if before != "none":  # the user asked for a precision, which stays
+        yield
+        return
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def head_parameters(model: Any) -> dict[str, Tensor]:
     """The head's parameters by name, in at least fp32, with gradient to the model's own."""
     head = model.get_output_embeddings()
     return {name: p if p.dtype == torch.float64 else p.float() for name, p in head.named_parameters()}
+
+
+def plain_head(model: Any) -> Tensor | None:
+    """The head's weight [V, D] when logits are hidden states times it and nothing else; None for any other head."""
+    head = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    changed = any(getattr(config, name, None) is not None for name in _CHANGES)
+    hooked = head is not None and (head._forward_hooks or head._forward_pre_hooks or "weight" not in head._parameters)
+    if type(head) is not torch.nn.Linear or head.bias is not None or changed or hooked or is_parametrized(head):
+        return None
+    weight: Tensor = head.weight
+    return weight
+
+
+_CHANGES = ("logit_scale", "logits_scaling", "final_logit_softcapping")
+"""What `_after_head` reads."""
 
 
 def _after_head(model: Any, logits: Tensor) -> Tensor:

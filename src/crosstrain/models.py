@@ -80,8 +80,9 @@ def load_model(
     """The model, in evaluation mode, and its tokenizer.
 
     name: see `resolve_model`. revision: branch, tag or commit of a hub id. trust_remote_code: run Python code that comes with
-    the model. lora: an object with r, alpha, dropout and target_modules; the model then trains low-rank adapters (peft), which
-    `seed` initialises.
+    the model. attn_implementation: attention code of transformers; None takes its default, and on a processor our own for short
+    rows where that default is torch's. lora: an object with r, alpha, dropout and target_modules; the model then trains low-rank
+    adapters (peft), which `seed` initialises.
     Raises UserError when the model cannot be found, fetched or read.
     """
     from transformers import AutoModelForCausalLM, logging
@@ -95,6 +96,10 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **common, **more)
     except CANNOT_LOAD as error:
         raise _cannot_load(name, error) from error
+    if attn_implementation is None and torch.device(device).type == "cpu":
+        from crosstrain.attention import use_short_attention
+
+        use_short_attention(model)
     if lora is not None:
         model = _with_adapters(model, lora, seed)
     if gradient_checkpointing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -119,10 +120,12 @@ def test_greedy_equals_transformers_generate_on_200_prompts_of_mixed_length() ->
     assert {c.finished for group in found for c in group} == {True, False}, "the test needs both endings"
 
 
+@pytest.mark.parametrize("start", [0, 7])
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_every_architecture_equals_generate_and_plain_log_probs_with_the_cache(name: str) -> None:
+def test_every_architecture_equals_generate_and_plain_log_probs_with_the_cache(name: str, start: int) -> None:
+    """start: tokens that all prompts begin with, as they do with a system prompt."""
     model = family(name)
-    prompts = mixed_prompts(12, seed=1)
+    prompts = [replace(p, tokens=(*range(8, 8 + start), *p.tokens)) for p in mixed_prompts(12, seed=1)]
     sampler = TorchSampler(model, stop_token_ids=STOPS)
     found = sampler.sample(prompts, Sampling(temperature=0, max_completion_length=14), seed=0, step=0)
     assert (sampler.path, sampler.path_reason) == ("cached", "")
@@ -266,9 +269,20 @@ def test_a_prompt_is_prefilled_once_for_its_whole_group_and_finished_rows_leave_
     assert all(r <= rows <= r / decode.COMPACT_BELOW for rows, r in zip(steps, running, strict=True))
 
 
-def test_waiting_rows_replace_finished_ones_within_the_budget() -> None:
+def test_what_all_prompts_start_with_is_computed_once() -> None:
     model = tiny_model()
-    prompts = mixed_prompts(30, n=2)
+    sampler = TorchSampler(model, stop_token_ids=STOPS)
+    assert sampler.path == "cached"
+    watched = Watched(model)
+    prompts = [Prompt((*range(10, 30), 31 + i), 2, f"p{i}") for i in range(6)]
+    sampler.sample(prompts, Sampling(max_completion_length=2), seed=0, step=0)
+    assert watched.shapes[:2] == [(1, 20), (6, 1)]
+
+
+@pytest.mark.parametrize("start", [(), (9,)], ids=["all differ", "the first token is the same"])
+def test_waiting_rows_replace_finished_ones_within_the_budget(start: tuple[int, ...]) -> None:
+    model = tiny_model()
+    prompts = [replace(p, tokens=(*start, *p.tokens[len(start) :])) for p in mixed_prompts(30, n=2)]
     sampling = Sampling(max_completion_length=20)
     sampler = TorchSampler(model, stop_token_ids=tuple(range(2, 12)), token_budget=500)
     assert sampler.path == "cached"
@@ -293,12 +307,22 @@ def test_waiting_rows_replace_finished_ones_within_the_budget() -> None:
 def test_prefill_pads_little() -> None:
     rng = random.Random(0)
     asks = [decode.Ask((0,) * n, 0, 1) for n in sorted((rng.randint(10, 400) for _ in range(200)), reverse=True)]
-    chunks = decode._chunks(asks)
+    chunks = decode._chunks(asks, shares_start=False)
     assert [a for chunk in chunks for a in chunk] == asks
     padded = sum(len(chunk[0].tokens) * len(chunk) for chunk in chunks)
     assert sum(len(a.tokens) for a in asks) > 0.9 * padded
     assert len(chunks) < 40
     assert max(len(chunk[0].tokens) * len(chunk) for chunk in chunks) <= decode.PREFILL_TOKENS
+
+
+def test_prompts_that_start_alike_are_prefilled_together() -> None:
+    """Two tasks, each with a long start of its own, in turn."""
+    asks = [decode.Ask((1, *([2 + i % 2] * 60), *range(10, 14 + i % 3)), i, 1) for i in range(60)]
+    chunks = decode._chunks(asks, shares_start=True)
+    assert sorted(a.first for chunk in chunks for a in chunk) == list(range(60))
+    assert [len(c) for c in chunks] == [30, 30]
+    assert [decode._shared(c) for c in chunks] == [64, 64]
+    assert sum(decode._forward_tokens(c, True) for c in chunks) == 2 * (64 + 30 * 3)
 
 
 def test_a_model_in_training_mode_samples_without_dropout_and_is_put_back_module_by_module() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from crosstrain.testing import tiny_model
@@ -125,6 +128,54 @@ def test_what_an_architecture_does_after_the_head_is_kept(name: str, settings: d
     torch.testing.assert_close(score(model, batch, layout="plain").logp, from_logits(model, batch), rtol=0, atol=2e-5)
 
 
+@given(
+    start=st.integers(0, 5),
+    groups=st.lists(st.tuples(st.integers(0, 3), st.lists(st.sampled_from(["O", "EEO", "OTO", "EPPE"]), min_size=1, max_size=3)),
+                    min_size=1, max_size=6),
+    longest=st.sampled_from([1, 12, 20, 256]),
+    expert=st.booleans(),
+)  # fmt: skip
+def test_prompts_that_start_alike_share_lines_and_change_nothing(
+    start: int, groups: list[tuple[int, list[str]]], longest: int, expert: bool
+) -> None:
+    """A common start of 0 to 5 tokens, after which prompts may end; longest 1 packs nothing; `expert` trains a shared prefix."""
+    model = tiny_model(vocab_size=V)
+    common = tuple(range(2, 3 + start))
+    made = []
+    for i, (own, responses) in enumerate(groups):
+        prompt = common + tuple((7 * i + 5 * k) % 40 + 10 for k in range(own))
+        rows = [trajectory(prompt, r, 10 * i + k) for k, r in enumerate(responses)]
+        if expert:
+            rows = [
+                replace(t, source=(Source.PROMPT, *(Source.EXPERT,) * (len(prompt) - 1), *t.source[len(prompt) :]))
+                for t in rows
+            ]
+        made.append(Group(Example(f"g{i}", "", prompt), tuple(rows)))
+    batch = to_batch(made)
+    plain = score(model, batch, layout="plain").logp
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(score_module, "PACK_TOKENS", longest)
+        shared = score(model, batch, layout="shared").logp
+        lines = score_module.lay_out(batch, "shared").tokens
+    torch.testing.assert_close(shared, plain, rtol=0, atol=1e-12)
+    assert_same(gradients(model, shared), gradients(model, plain), 1e-12)
+    one_line_per_group = max(
+        int(batch.prompt_length[rows][0] + (batch.length - batch.prompt_length)[rows].sum())
+        for g in range(len(made))
+        for rows in [batch.group == g]
+    )
+    assert lines.numel() <= len(made) * one_line_per_group
+    assert longest > 1 or len(lines) == len(made)
+
+
+def test_a_system_prompt_is_computed_once_for_short_rows() -> None:
+    system = tuple(range(1, 22))
+    groups = [Group(Example(str(i), "", (*system, 30 + i)), (trajectory((*system, 30 + i), "E" * 8, i),)) for i in range(16)]
+    batch = to_batch(groups)
+    assert batch.tokens.numel() == 16 * 30
+    assert score_module.lay_out(batch, "shared").tokens.numel() == 21 + 16 * 9
+
+
 def test_rows_of_a_group_need_not_be_neighbours() -> None:
     model, batch = tiny_model(vocab_size=V), mixed()
     order = torch.tensor([3, 0, 5, 2, 4, 1])
@@ -198,6 +249,18 @@ def test_eager_and_sdpa_attention_agree(layout: Any) -> None:
     one, other = (score(m, batch, layout=layout).logp for m in (sdpa, eager))
     torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
     assert_same(gradients(sdpa, one), gradients(eager, other), 2e-5)
+
+
+def test_an_embed_hook_sees_one_line_per_row_whatever_the_layout() -> None:
+    model, batch = tiny_model(vocab_size=V), mixed()
+    seen = []
+
+    def look(embeddings: Tensor, given: Batch) -> Tensor:
+        seen.append((len(embeddings), len(given)))
+        return embeddings
+
+    score(model, batch, embed=look, layout="shared")
+    assert seen == [(len(batch), len(batch))]
 
 
 @pytest.mark.parametrize("layout", ["plain", "shared"])

@@ -56,6 +56,14 @@ class PreallocatedCache:
         """[rows, length + columns] bool: transformers' padding mask for a forward pass over new columns."""
         return self.real[:, : self.length + columns]
 
+    def close_gaps(self) -> None:
+        """Move the unused columns of every row to its left; positions are in the keys, so that their order is free."""
+        order = self.real.int().argsort(dim=1, stable=True)
+        self.real = self.real.gather(1, order)
+        for tensors in (self.keys, self.values):
+            for i, tensor in enumerate(tensors):
+                tensors[i] = tensor.gather(2, order[:, None, :, None].expand_as(tensor))
+
     def get_seq_length(self, layer_idx: int | None = 0) -> int:
         """Columns written before the current forward pass."""
         return self.length

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from crosstrain.head import head_logits
+from crosstrain.prefix import common_start
 from crosstrain.rollout.cache import PreallocatedCache, merge
 from crosstrain.rollout.rows import Rows
 
@@ -24,7 +25,7 @@ PREFILL_TOKENS = 4096
 """Prompt tokens in one forward pass, padding included, unless a single prompt has more."""
 
 SMALL_PREFILL = 512
-"""Prompt tokens below which a forward pass is not cut to save padding: reading the weights again costs as much."""
+"""Prompt tokens below which a forward pass is not cut to save some: reading the weights again costs as much."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,15 @@ class Policy:
     """A model as the loops use it.
 
     parameters: the head's, cast once; None where only the model's own forward knows the logits (see `check_head`).
+    shares_start: whether prompts of one prefill may share the columns of what they start with. Not where attention counts columns
+    (local windows, ALiBi): there may be unused ones between the start and the rest.
     """
 
     model: Any
     decoder: Any
     parameters: dict[str, Tensor] | None
     device: torch.device
+    shares_start: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def _refill(policy: Policy, batch: _Batch | None, waiting: deque[Ask], rows: Row
     held = sum(len(p.row) for p in parts)
     columns = max((int(p.position.max()) for p in parts if len(p.row)), default=0)
     admitted = _admit(waiting, held, columns, rows.limit, token_budget)
-    parts += [_prefill(policy, chunk, rows) for chunk in _chunks(admitted)]
+    parts += [_prefill(policy, chunk, rows) for chunk in _chunks(admitted, policy.shares_start)]
     parts = [p for p in parts if len(p.row)]
     if not parts:
         return None
@@ -127,28 +131,64 @@ def _admit(waiting: deque[Ask], held: int, columns: int, limit: int, token_budge
     return admitted
 
 
-def _chunks(asks: Iterable[Ask]) -> list[list[Ask]]:
-    """Prompts, the longest first, in chunks for one forward pass each, of which at most a tenth is padding where it matters."""
+def _chunks(asks: Sequence[Ask], shares_start: bool) -> list[list[Ask]]:
+    """Prompts in chunks for one forward pass each, of which at most a tenth is padding where it matters.
+
+    Where starts are shared, prompts that start alike are neighbours, and a chunk ends where one more would cost more in it, with a
+    shorter start for all, than by itself; else the longest come first.
+    """
+    order = sorted(asks, key=lambda a: a.tokens) if shares_start else sorted(asks, key=lambda a: -len(a.tokens))
     chunks: list[list[Ask]] = []
-    for ask in asks:
+    for ask in order:
         chunk = [*chunks[-1], ask] if chunks else []
-        padded = len(chunk[0].tokens) * len(chunk) if chunk else 0
-        wasteful = padded > SMALL_PREFILL and sum(len(a.tokens) for a in chunk) < 0.9 * padded
-        if not chunk or wasteful or padded > PREFILL_TOKENS or len(chunk) > HEAD_ROWS:
+        if not chunk or _ends(chunk, shares_start):
             chunks.append([ask])
         else:
             chunks[-1].append(ask)
     return chunks
 
 
+def _ends(chunk: Sequence[Ask], shares_start: bool) -> bool:
+    """Whether the last prompt of a chunk should start another one."""
+    tokens, before = (_forward_tokens(c, shares_start) for c in (chunk, chunk[:-1]))
+    start = _shared(chunk) if shares_start else 0
+    real = start + sum(len(a.tokens) - start for a in chunk)
+    wasteful = tokens > SMALL_PREFILL and (real < 0.9 * tokens or tokens > before + len(chunk[-1].tokens) + SMALL_PREFILL)
+    return wasteful or tokens > PREFILL_TOKENS or len(chunk) > HEAD_ROWS
+
+
+def _forward_tokens(asks: Sequence[Ask], shares_start: bool) -> int:
+    """Tokens that a chunk runs through the model, padding included."""
+    start = _shared(asks) if shares_start else 0
+    return start + len(asks) * (max(len(a.tokens) for a in asks) - start)
+
+
+def _shared(asks: Sequence[Ask]) -> int:
+    """How many tokens prompts in sorted order start with alike (a system prompt, examples); one of each is left over to predict
+    from."""
+    shortest = min(len(a.tokens) for a in asks)
+    return min(common_start(asks[0].tokens, asks[-1].tokens), shortest - 1) if len(asks) > 1 else 0
+
+
 def _prefill(policy: Policy, asks: Sequence[Ask], rows: Rows) -> _Part:
     """The prompts' keys and values, and the first token of each of their rows; rows that it ends are left out."""
-    width = max(len(a.tokens) for a in asks)
-    tokens = torch.tensor([[0] * (width - len(a.tokens)) + list(a.tokens) for a in asks], device=policy.device)
+    start = _shared(asks) if policy.shares_start else 0
+    width = max(len(a.tokens) for a in asks) - start
+    tokens = torch.tensor([[0] * (start + width - len(a.tokens)) + list(a.tokens[start:]) for a in asks], device=policy.device)
     length = torch.tensor([len(a.tokens) for a in asks], device=policy.device)
-    position = torch.arange(width, device=policy.device) - (width - length)[:, None]
-    cache = PreallocatedCache(position >= 0)
+    position = torch.arange(start, start + width, device=policy.device) - (start + width - length)[:, None]
+    real = position >= start
+    if start:
+        first = torch.tensor([asks[0].tokens[:start]], device=policy.device)
+        once = PreallocatedCache(torch.ones_like(first, dtype=torch.bool))
+        _forward(policy, first, torch.arange(start, device=policy.device)[None], once)
+        cache = merge([(once, torch.zeros_like(length))], room=width)
+        cache.real[:, start:] = real
+    else:
+        cache = PreallocatedCache(real)
     hidden = _forward(policy, tokens, position.clamp(min=0), cache)
+    if start:
+        cache.close_gaps()  # the unused columns between the start and the rest of shorter prompts
     source = torch.repeat_interleave(torch.tensor([a.n for a in asks], device=policy.device))
     row = torch.cat([torch.arange(a.first, a.first + a.n, device=policy.device) for a in asks])
     token, live = _draw(policy, hidden, source, row, rows)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from crosstrain.architecture import has_local_attention, is_plain
 from crosstrain.errors import UserError
 from crosstrain.head import check_head, evaluation_mode, head_logits, head_parameters
 from crosstrain.rollout.decode import Ask, Policy, cached, plain
@@ -85,7 +86,10 @@ class TorchSampler:
 
 def _policy(model: Any, known_head: bool) -> Policy:
     parameter = next(model.get_output_embeddings().parameters())
-    return Policy(model, model.get_decoder(), head_parameters(model) if known_head else None, parameter.device)
+    head = head_parameters(model) if known_head else None
+    return Policy(
+        model, model.get_decoder(), head, parameter.device, shares_start=is_plain(model) and not has_local_attention(model)
+    )
 
 
 def _rows(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, stops: Sequence[int], seed: int, step: int) -> Rows:
@@ -147,7 +151,8 @@ def _find_path(model: Any) -> Found:
 def _gap(model: Any) -> float:
     """Mean distance of the log-probs of sampled tokens, with the cache and without, in nats."""
     vocabulary = int(model.config.get_text_config().vocab_size)
-    prompts = [Prompt(tuple((7 * i + k) % vocabulary for i in range(1 + 4 * k)), 2, f"probe {k}") for k in (1, 2, 3)]
+    # of different lengths, with the same first token
+    prompts = [Prompt(tuple((7 * i + k * (i > 0)) % vocabulary for i in range(1 + 4 * k)), 2, f"probe {k}") for k in (1, 2, 3)]
     gaps = []
     with evaluation_mode(model):
         policy = _policy(model, known_head=True)

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from crosstrain.prefix import common_start
 from crosstrain.types import Batch, Group, Source, Trajectory
 
 
@@ -69,11 +70,8 @@ def shared_prompt_length(trajectories: Sequence[Trajectory]) -> int:
     >>> shared_prompt_length([a, a]), shared_prompt_length([a, b])
     (2, 1)
     """
-    limit = min(t.response_start for t in trajectories)
-    first = trajectories[0].tokens
-    for t in trajectories[1:]:
-        limit = next((i for i in range(limit) if t.tokens[i] != first[i]), limit)
-    return limit
+    prompts = sorted(t.tokens[: t.response_start] for t in trajectories)
+    return common_start(prompts[0], prompts[-1])
 
 
 def with_advantage(batch: Batch, advantage: Tensor) -> Batch:

@@ -290,12 +290,12 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
     Terms see the model only through the channels of `scores`. So each term's gradient is taken on the channels first (which is
     the negative weight of every token), and the model's backward runs once, on their sum.
     """
-    watched = {"entropy": _watched_entropy, "correct": _correct}
     channels = {name: CHANNELS[name] for name in method.needs if name in CHANNELS}
     scores = score(
         engine.model,
         batch,
-        channels={**watched, **channels},
+        channels=channels,
+        watch=True,
         temperature=_temperature(engine, method),
         layout=engine.layout,
         embed=method.embed,
@@ -334,14 +334,6 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
 def _temperature(engine: Engine, method: Method) -> float:
     """Methods that sample train the distribution they sample from; imitation is at temperature 1."""
     return (engine.sampling.temperature or 1.0) if method.plan.samples else 1.0
-
-
-def _watched_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return CHANNELS["entropy"](logits.detach(), targets)
-
-
-def _correct(logits: Tensor, targets: Tensor) -> Tensor:
-    return (logits.detach().argmax(dim=1) == targets).to(logits.dtype)
 
 
 def _names(batch: Batch) -> str:

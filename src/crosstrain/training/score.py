@@ -2,12 +2,14 @@
 
 The only place that knows how sequences are laid out for the model. A prompt shared by the trajectories of a group is
 computed once: the group becomes one line `prompt, response 1, response 2, ...` in which every response sees the prompt and
-itself, at the positions it would have alone. The head runs only at positions that predict a trained token, in chunks, in
+itself, at the positions it would have alone. Short groups share a line, and the start that all prompts have in common (a system
+prompt) is computed once per line. The head runs only at positions that predict a trained token, in chunks, in
 at least fp32; logits of prompt tokens never exist.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,14 +18,20 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from crosstrain.head import head_logits
+from crosstrain.architecture import has_local_attention
+from crosstrain.head import head_logits, plain_head
+from crosstrain.prefix import common_start
 from crosstrain.training.batching import cut, to_batch
+from crosstrain.training.token_logp import token_logp
 from crosstrain.types import Batch, Example, Group, Scores, Source, Trajectory
 
 Layout = Literal["shared", "plain"]
 
 Channel = Callable[[Tensor, Tensor], Tensor]
 """A full-vocabulary functional: (logits [M, V] in at least fp32, targets [M]) -> [M], with gradient."""
+
+PACK_TOKENS = 256
+"""Longest line of several groups: attention grows with the square of a line, and what is shared saves less than that."""
 
 HEAD_CHUNK = 512
 """Positions whose logits exist at once: 512 x 49,152 in fp32 are 100 MB."""
@@ -36,6 +44,18 @@ def entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 CHANNELS: Mapping[str, Channel] = {"entropy": entropy}
+
+
+def _watched_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return entropy(logits.detach(), targets)
+
+
+def _correct(logits: Tensor, targets: Tensor) -> Tensor:
+    return (logits.detach().argmax(dim=1) == targets).to(logits.dtype)
+
+
+WATCHED: Mapping[str, Channel] = {"entropy": _watched_entropy, "correct": _correct}
+"""What is measured of every trained token, without gradient."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +80,7 @@ def score(
     batch: Batch,
     *,
     channels: Mapping[str, Channel] | None = None,
+    watch: bool = False,
     temperature: float = 1.0,
     layout: Layout = "shared",
     embed: Callable[[Tensor, Batch], Tensor] | None = None,
@@ -67,14 +88,23 @@ def score(
 ) -> Scores:
     """Log-probs in nats of every trained token of `batch`, [B, T], and the asked channels; 0 where nothing is trained.
 
-    temperature: logits are divided by it first (as the sampler does). layout: "shared" computes a group's common prompt once
+    watch: also the channels `entropy` (unless asked for) and `correct`, whether the token is the most likely one, both without
+    gradient. temperature: logits are divided by it first (as the sampler does). layout: "shared" computes a common prompt once
     and needs a model that accepts a custom attention mask; "plain" runs one line per sequence. embed: changes the input
-    embeddings. value_head: hidden states [M, D] -> [M]; its result is the channel `value`, the state before each token.
+    embeddings, of one line per row whatever the layout. value_head: hidden states [M, D] -> [M]; its result is the channel
+    `value`, the state before each token.
     """
-    lines = lay_out(batch, layout)
+    # what changes embeddings (noise) is about one row at a time, and must not know what shares its line
+    lines = lay_out(batch, layout if embed is None else "plain")
     hidden = _hidden_states(model, lines, batch, embed)[lines.line, lines.place]
     targets = batch.tokens[lines.row, lines.column]
-    flat = _head(model, hidden, targets, channels or {}, temperature)
+    asked: dict[str, Channel] = {**(WATCHED if watch else {}), **(channels or {})}
+    weight = plain_head(model)
+    if weight is not None and weight.dtype == hidden.dtype and not channels:
+        found = token_logp(hidden, weight, targets, temperature)
+        flat = {"logp": found.logp, **{name: getattr(found, name).to(found.logp.dtype) for name in asked}}
+    else:
+        flat = _head(model, hidden, targets, asked, temperature)
     if value_head is not None:
         flat["value"] = value_head(hidden)
     rectangles = {name: _rectangle(values, lines, batch) for name, values in flat.items()}
@@ -112,53 +142,90 @@ def trajectory_logps(
 
 def lay_out(batch: Batch, layout: Layout) -> Lines:
     """Where every token of `batch` goes in the model's input; the rows of a group need not be neighbours."""
-    if layout == "plain":
-        groups = [[r] for r in range(len(batch))]
-    else:
-        members: dict[int, list[int]] = {}
-        for r, g in enumerate(batch.group.tolist()):
-            members.setdefault(g, []).append(r)
-        groups = list(members.values())
-    tokens, positions, branch = [], [], []
+    packed = _packed(batch) if layout == "shared" else [(0, [[r]]) for r in range(len(batch))]
+    parts: list[dict[str, list[Tensor]]] = []
     line, place, row, column = [], [], [], []
-    for n, rows in enumerate(groups):
-        prompt = int(batch.prompt_length[rows[0]])
-        tokens.append([batch.tokens[rows[0], :prompt]])
-        positions.append([torch.arange(prompt)])
-        branch.append([torch.zeros(prompt, dtype=torch.long)])
-        start = prompt
-        for b, r in enumerate(rows):
-            length = int(batch.length[r])
-            tokens[n].append(batch.tokens[r, prompt:length])
-            positions[n].append(torch.arange(prompt, length))
-            branch[n].append(torch.full((length - prompt,), b + 1))
-            at = torch.nonzero(batch.trained[r]).flatten()
-            # the token before the first of a response is the prompt's last; all others have theirs just before them
-            before = torch.where(at <= prompt, at - 1, start + (at - prompt) - 1)
-            line.append(torch.full_like(at, n))
-            place.append(before)
-            row.append(torch.full_like(at, r))
-            column.append(at)
-            start += length - prompt
-    padded = torch.nn.utils.rnn.pad_sequence
-    tokens_NL = padded([torch.cat(t).cpu() for t in tokens], batch_first=True)
-    positions_NL = padded([torch.cat(p) for p in positions], batch_first=True)
-    mask = None
-    if any(len(rows) > 1 for rows in groups):
-        branch_NL = padded([torch.cat(b) for b in branch], batch_first=True, padding_value=-1)
-        mask = _tree_mask(branch_NL)
+    for n, (prefix, groups) in enumerate(packed):
+        parts.append({"tokens": [], "positions": [], "group": [], "branch": []})
+        _append(parts[n], batch, groups[0][0], range(prefix), 0, 0)
+        start = prefix
+        for g, rows in enumerate(groups, 1):
+            prompt = int(batch.prompt_length[rows[0]])
+            _append(parts[n], batch, rows[0], range(prefix, prompt), g, 0)
+            own, start = start, start + prompt - prefix
+            for b, r in enumerate(rows, 1):
+                length = int(batch.length[r])
+                _append(parts[n], batch, r, range(prompt, length), g, b)
+                at = torch.nonzero(batch.trained[r]).flatten().cpu()
+                before = (
+                    at - 1
+                )  # the token whose hidden state predicts: in the common start, the group's prompt or the response
+                in_prompt = torch.where(before < prefix, before, own + before - prefix)
+                line.append(torch.full_like(at, n))
+                place.append(torch.where(before < prompt, in_prompt, start + before - prompt))
+                row.append(torch.full_like(at, r))
+                column.append(at)
+                start += length - prompt
+    several = any(len(groups) > 1 or len(groups[0]) > 1 for _, groups in packed)
+    padded = {
+        name: torch.nn.utils.rnn.pad_sequence([torch.cat(p[name]) for p in parts], batch_first=True, padding_value=padding)
+        for name, padding in (("tokens", 0), ("positions", 0), ("group", -1), ("branch", -1))
+    }
+    mask = _tree_mask(padded["group"], padded["branch"]) if several else None
     device = batch.tokens.device
-    flat = [torch.cat(parts).to(device) if parts else torch.zeros(0, dtype=torch.long) for parts in (line, place, row, column)]
-    return Lines(tokens_NL.to(device), positions_NL.to(device), None if mask is None else mask.to(device), *flat)
+    flat = [torch.cat(part).to(device) if part else torch.zeros(0, dtype=torch.long) for part in (line, place, row, column)]
+    return Lines(padded["tokens"].to(device), padded["positions"].to(device), None if mask is None else mask.to(device), *flat)
 
 
-def _tree_mask(branch: Tensor) -> Tensor:
-    """[N, 1, L, L] bool: a token sees what came before it in the prompt (branch 0) and in its own branch; padding is -1."""
-    length = branch.shape[1]
+def _append(parts: dict[str, list[Tensor]], batch: Batch, row: int, span: range, group: int, branch: int) -> None:
+    """Add columns `span` of a row to a line, as belonging to a group (0: to all) and a branch of it (0: to all of the group)."""
+    parts["tokens"].append(batch.tokens[row, span.start : span.stop].cpu())
+    parts["positions"].append(torch.arange(span.start, span.stop))
+    parts["group"].append(torch.full((len(span),), group))
+    parts["branch"].append(torch.full((len(span),), branch))
+
+
+def _packed(batch: Batch) -> list[tuple[int, list[list[int]]]]:
+    """The lines: how many tokens all prompts of a line start with (a system prompt, examples), and the rows of each of its groups.
+
+    Groups stand in the order of their prompts' tokens, so that those which start alike are neighbours, and are cut into lines no
+    longer than a limit unless one group is. Of several limits the one that gives the smallest rectangle is taken.
+    """
+    members: dict[int, list[int]] = {}
+    for r, g in enumerate(batch.group.tolist()):
+        members.setdefault(g, []).append(r)
+    prompt, length = batch.prompt_length.tolist(), batch.length.tolist()
+    prompts = {g: batch.tokens[rows[0], : prompt[rows[0]]].tolist() for g, rows in members.items()}
+    responses = {g: sum(length[r] - prompt[r] for r in rows) for g, rows in members.items()}
+    order = sorted(members, key=lambda g: prompts[g])
+    best: list[tuple[int, list[int]]] = []
+    smallest = math.inf
+    for limit in (0, *(PACK_TOKENS * part // 8 for part in range(1, 9))):
+        lines: list[tuple[int, list[int]]] = []
+        widest = 0
+        for g in order:
+            held = [*lines[-1][1], g] if lines else [g]
+            start = common_start(prompts[held[0]], prompts[g])
+            width = start + sum(len(prompts[h]) - start + responses[h] for h in held)
+            if lines and width <= limit:
+                lines[-1] = (start, held)
+            else:
+                lines.append((0, [g]))
+                width = len(prompts[g]) + responses[g]
+            widest = max(widest, width)
+        if len(lines) * widest < smallest:
+            smallest, best = len(lines) * widest, lines
+    return [(start, [members[g] for g in held]) for start, held in best]
+
+
+def _tree_mask(group: Tensor, branch: Tensor) -> Tensor:
+    """[N, 1, L, L] bool: a token sees what came before it in the start that all share (group 0), in its group's prompt (branch 0)
+    and in its own branch; padding is -1."""
+    length = group.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
-    same = branch[:, :, None] == branch[:, None, :]
-    prompt = (branch == 0)[:, None, :]
-    return ((same | prompt) & causal)[:, None]
+    same_group = group[:, :, None] == group[:, None, :]
+    same_branch = (branch[:, :, None] == branch[:, None, :]) | (branch == 0)[:, None, :]
+    return (((group == 0)[:, None, :] | (same_group & same_branch)) & causal)[:, None]
 
 
 def _hidden_states(model: Any, lines: Lines, batch: Batch, embed: Callable[[Tensor, Batch], Tensor] | None) -> Tensor:
@@ -187,11 +254,11 @@ def _mask_for(model: Any, mask: Tensor) -> Tensor:
 def choose_layout(model: Any) -> Layout:
     """ "shared" when the model honours a custom mask and positions, else "plain".
 
-    Found by trying: three short responses to one prompt must score as they do line by line, and changing the first must not
-    touch those after it. Whether an architecture honours a custom mask cannot be read off its name. A model with local attention
-    gets "plain": in a shared line, columns are not positions, so a window would have to be part of the mask.
+    Found by trying: short responses to prompts that start alike must score as they do line by line, and changing the first must
+    not touch those after it. Whether an architecture honours a custom mask cannot be read off its name. A model with local
+    attention gets "plain": in a shared line, columns are not positions, so a window would have to be part of the mask.
     """
-    if _has_local_attention(model):
+    if has_local_attention(model):
         return "plain"
     parameter = next(model.parameters())
     one, other = (_probe(model, k).to(parameter.device) for k in (1, 2))
@@ -215,22 +282,18 @@ def choose_layout(model: Any) -> Layout:
     return "shared" if agrees and not leaks else "plain"
 
 
-def _has_local_attention(model: Any) -> bool:
-    """Whether some layer sees only a window or chunk of what came before."""
-    config = model.config.get_text_config()
-    layers = getattr(config, "layer_types", None)
-    if layers is not None:
-        return any(kind != "full_attention" for kind in layers)
-    return getattr(config, "sliding_window", None) is not None
-
-
 def _probe(model: Any, first: int) -> Batch:
-    """Three responses to one prompt, the first of which depends on `first`."""
+    """Three responses to one prompt, the first of which depends on `first`, and one to another prompt that starts alike."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     prompt = tuple((7 * i + 3) % vocabulary for i in range(5))
+    other = (*prompt[:3], (prompt[3] + 1) % vocabulary, prompt[4])
     responses = [tuple((11 * (i + 3 * k) + 5) % vocabulary for i in range(3)) for k in (first, 3, 4)]
     source = (Source.PROMPT,) * 5 + (Source.POLICY,) * 3
-    return to_batch([Group(Example("probe", "", prompt), tuple(Trajectory(prompt + r, source) for r in responses))])
+    groups = [
+        Group(Example("probe", "", start), tuple(Trajectory(start + r, source) for r in answers))
+        for start, answers in ((prompt, responses), (other, responses[1:2]))
+    ]
+    return to_batch(groups)
 
 
 def _head(

@@ -1,0 +1,39 @@
+"""What a model's configuration says about it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+PLAIN_ATTENTION = frozenset(
+    [
+        "cohere",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "gpt2",
+        "gpt_neox",
+        "granite",
+        "llama",
+        "mistral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+    ]
+)
+"""Kinds of model whose layers do nothing but (local) attention by position, so that what is known of attention holds for them."""
+
+
+def is_plain(model: Any) -> bool:
+    """Whether the model is of a kind in `PLAIN_ATTENTION`; others select keys, count columns or ask which attention is in use."""
+    return model.config.get_text_config().model_type in PLAIN_ATTENTION
+
+
+def has_local_attention(model: Any) -> bool:
+    """Whether some layer sees only a window or chunk of what came before."""
+    config = model.config.get_text_config()
+    layers = getattr(config, "layer_types", None)
+    if layers is not None:
+        return any(kind != "full_attention" for kind in layers)
+    return getattr(config, "sliding_window", None) is not None

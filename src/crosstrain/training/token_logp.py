@@ -1,0 +1,123 @@
+"""Hidden states to log-probs of given tokens in one pass, for heads that are one matrix.
+
+Autograd's way keeps the logits, their exponentials and a gradient of the same size, each written and read several times; with
+49,152 logits per token that takes longer than the head's matrix products. Here every block of logits is finished while it is in
+the processor's cache, and one array is kept for backward: the probabilities, in the dtype the model computes in.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from crosstrain.head import bf16_products
+
+CHUNK = 512
+"""Positions whose logits exist at once: 512 x 49,152 in fp32 are 100 MB."""
+
+BLOCK = 32
+"""Positions finished together: 32 x 49,152 in fp32 are 6 MB, which a processor's cache holds."""
+
+KEPT_BYTES = 2**29
+"""Probabilities larger than this are computed again in backward, chunk by chunk."""
+
+
+class TokenLogp(NamedTuple):
+    """logp, entropy: [M] in nats, at least fp32. correct: [M] bool, whether the token is the most likely one. Only logp has a
+    gradient."""
+
+    logp: Tensor
+    entropy: Tensor
+    correct: Tensor
+
+
+def token_logp(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenLogp:
+    """Log-softmax(hidden weight' / temperature) at `targets`, with gradient to hidden and weight.
+
+    hidden: [M, D], weight: [V, D], targets: [M]. Logits, log-probs and entropies are in fp32 (fp64 stays fp64). The gradient of the
+    logits, 1 - p at the target and -p elsewhere, and p itself are rounded to hidden's dtype before they meet the weights, as every
+    other gradient of a model in that dtype is. Backward works once per forward.
+
+    >>> identity = torch.eye(2)
+    >>> found = token_logp(torch.tensor([[0.0, 1.0986123]]), identity, torch.tensor([1]))
+    >>> round(float(found.logp.exp()), 4), bool(found.correct)
+    (0.75, True)
+    """
+    return TokenLogp(*_TokenLogp.apply(hidden, weight, targets, temperature))  # type: ignore[no-untyped-call]
+
+
+class _TokenLogp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
+        dtype = _wide(hidden)
+        logp, entropy = (torch.empty(len(hidden), dtype=dtype, device=hidden.device) for _ in range(2))
+        correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
+        size = len(hidden) * weight.shape[0] * hidden.element_size()
+        kept = None
+        exact = hidden.dtype == weight.dtype == torch.bfloat16 and hidden.device.type == "cpu"
+        if any(ctx.needs_input_grad[:2]) and size <= KEPT_BYTES:
+            kept = torch.empty(len(hidden), weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+        wide_weight = weight.to(dtype)
+        for start in range(0, len(hidden), CHUNK):
+            rows = slice(start, start + CHUNK)
+            logits = _logits(hidden[rows], wide_weight, temperature, exact)
+            for first in range(0, len(logits), BLOCK):
+                part = slice(start + first, min(start + first + BLOCK, start + CHUNK))
+                z = logits[first : first + BLOCK]
+                highest, best = z.max(dim=1, keepdim=True)
+                z.sub_(highest)
+                target = targets[part, None]
+                chosen = z.gather(1, target)[:, 0]
+                p = z.exp()
+                total = p.sum(dim=1)
+                log_total = total.log()
+                logp[part] = chosen - log_total
+                entropy[part] = log_total - z.mul_(p).sum(dim=1) / total
+                correct[part] = (best == target)[:, 0]
+                if kept is not None:
+                    kept[part] = p.div_(total[:, None])
+        ctx.temperature, ctx.exact = temperature, exact
+        ctx.save_for_backward(hidden, weight, targets, logp, kept)
+        ctx.mark_non_differentiable(entropy, correct)
+        return logp, entropy, correct
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, logp, kept = ctx.saved_tensors
+        wide_weight = weight.to(_wide(hidden)) if kept is None else None
+        of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_weight = None
+        scaled = gradient / ctx.temperature
+        step = CHUNK if kept is None else max(len(hidden), 1)
+        for start in range(0, max(len(hidden), 1), step):
+            rows = slice(start, start + step)
+            if kept is None:
+                p = torch.softmax(_logits(hidden[rows], wide_weight, ctx.temperature, ctx.exact), dim=1).to(hidden.dtype)
+            else:
+                p = kept[rows]
+            of_logits = p.mul_(-scaled[rows, None].to(p.dtype))
+            # 1 - p of a likely token, from its log-prob: the difference of rounded numbers would be mostly rounding
+            at_target = scaled[rows] * -torch.expm1(logp[rows])
+            of_logits.scatter_(1, targets[rows, None], at_target[:, None].to(p.dtype))
+            if of_hidden is not None:
+                of_hidden[rows] = of_logits @ weight
+            if ctx.needs_input_grad[1]:
+                part = of_logits.T @ hidden[rows]
+                # chunks add up in at least fp32
+                of_weight = part if step >= len(hidden) else part.to(logp.dtype) + (0.0 if of_weight is None else of_weight)
+        return of_hidden, None if of_weight is None else of_weight.to(weight.dtype), None, None
+
+
+def _logits(hidden: Tensor, wide_weight: Tensor, temperature: float, exact: bool) -> Tensor:
+    with bf16_products() if exact else nullcontext():
+        logits = hidden.to(wide_weight.dtype) @ wide_weight.T
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
