@@ -30,10 +30,7 @@ def model_card(recipe: Recipe, record: Mapping[str, Any], cost: Cost, evaluation
         "model-index": [{"name": " -> ".join(methods), "results": [_result(row) for row in rows]}],
     }
     table = ["| questions | task | accuracy | 95% interval | questions x samples |", "|---|---|---|---|---|"]
-    table += [
-        f"| {r['name']} | {r['task']} | {r['mean']:.1%} | {r['low']:.1%} to {r['high']:.1%} | {r['questions']} x {r['n']} |"
-        for r in rows
-    ]
+    table += [f"| {r['name']} | {r['task']} | {r['mean']:.1%} | {_ends(r)} | {r['questions']} x {r['n']} |" for r in rows]
     data = [f"- `{name}`: {d['rows']} rows, sha256 `{d['hash']}`" for name, d in record.get("data", {}).items()]
     spent = (
         f"{cost.processed_tokens:,} tokens processed, {cost.generated_tokens:,} generated, "
@@ -70,12 +67,12 @@ def model_card(recipe: Recipe, record: Mapping[str, Any], cost: Cost, evaluation
 
 
 def evaluation_rows(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]]:
-    """Accuracy of each evaluated set with its 95% t interval over questions."""
+    """Accuracy of each evaluated set with its 95% t interval over questions; none where all questions went alike."""
     rows = []
     for name, found in (evaluation or {}).get("sets", {}).items():
         scores = [statistics.fmean(q["correct"]) for q in found["questions"]]
         mean, half = statistics.fmean(scores), _half_width(scores)
-        low, high = max(0.0, mean - half), min(1.0, mean + half)
+        low, high = (None, None) if half is None else (max(0.0, mean - half), min(1.0, mean + half))
         task = f"{found['task']} (version {found['task_version']})"
         rows.append(
             {"name": name, "task": task, "mean": mean, "low": low, "high": high, "questions": len(scores), "n": found["n"]}
@@ -83,9 +80,13 @@ def evaluation_rows(evaluation: Mapping[str, Any] | None) -> list[dict[str, Any]
     return rows
 
 
-def _half_width(scores: Sequence[float]) -> float:
-    if len(scores) < 2:
-        return math.inf
+def _ends(row: Mapping[str, Any]) -> str:
+    return "unknown: all questions went alike" if row["low"] is None else f"{row['low']:.1%} to {row['high']:.1%}"
+
+
+def _half_width(scores: Sequence[float]) -> float | None:
+    if len(scores) < 2 or statistics.stdev(scores) == 0:
+        return None
     return float(stats.t.ppf(0.975, len(scores) - 1)) * statistics.stdev(scores) / math.sqrt(len(scores))
 
 
@@ -97,7 +98,7 @@ def _result(row: Mapping[str, Any]) -> dict[str, Any]:
             {
                 "type": "accuracy",
                 "value": round(row["mean"], 4),
-                "name": f"accuracy (95% interval {row['low']:.4f} to {row['high']:.4f})",
+                "name": "accuracy" if row["low"] is None else f"accuracy (95% interval {row['low']:.4f} to {row['high']:.4f})",
             }
         ],
     }

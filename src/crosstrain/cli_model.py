@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +25,10 @@ from crosstrain.models import has_bf16_instructions, load_model, resolve_device
 from crosstrain.rollout.sampler import Prompt, Sampler, Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
 from crosstrain.run import evaluate_base
+from crosstrain.studies.measures import all_measures
+from crosstrain.studies.report_text import interval, number
+from crosstrain.studies.statistics import Estimate, arm_mean, compare
+from crosstrain.studies.tables import joined_sets
 from crosstrain.training.checkpoint import write_json
 from crosstrain.training.record import append_lines
 
@@ -147,16 +153,40 @@ def evaluate_and_print(name: str, config: Path | None, out: Path | None, overrid
     )
     write_json(folder / "evaluation.json", found.evaluation)
     (folder / "samples.jsonl").unlink(missing_ok=True)
-    append_lines(folder / "samples.jsonl", found.samples)
-    table = Table("metric", "value")
-    for key, value in _flat(found.evaluation):
-        table.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
-    Console().print(table)
+    if found.samples:
+        append_lines(folder / "samples.jsonl", found.samples)
+    before = json.loads((folder / "base" / "evaluation.json").read_text(encoding="utf-8")) if base is not None else None
+    Console().print(measures_table(found.evaluation, before, recipe.evaluation.pass_at_k))
     print(f"evaluation: {folder / 'evaluation.json'}")
 
 
-def _flat(value: Any, at: str = "") -> list[tuple[str, Any]]:
-    """Numbers and text of a nested mapping by dotted key; lists (one entry per question) are left to the file."""
-    if isinstance(value, dict):
-        return [pair for key, inner in value.items() for pair in _flat(inner, f"{at}.{key}" if at else str(key))]
-    return [] if isinstance(value, list) else [(at, value)]
+def measures_table(evaluation: Mapping[str, Any], base: Mapping[str, Any] | None, ks: Sequence[int]) -> Table:
+    """Every measure of an evaluation with its interval over questions, and where there is a base its value and the change."""
+    table = Table(
+        caption="95% intervals over questions: about this very model, not about how it was trained", caption_justify="left"
+    )
+    for name in ("measure", "value", "interval", *(("base", "change", "interval of the change") if base is not None else ())):
+        table.add_column(name, justify="left" if name == "measure" else "right")
+    for measure in all_measures([evaluation], ks):
+        scores = measure.read(evaluation)
+        assert scores is not None
+        kind = {"format": measure.format, "unit": measure.unit, "change": False}
+        values, sets = np.array(scores.values, float), joined_sets(scores.sets)
+        own = arm_mean(values, None, sets)
+        cells = [number(own.mean, kind), interval(*_bounded(own, measure.bounds), kind)]
+        before = measure.read(base) if base is not None else None
+        if before is not None:
+            change = compare(values, np.array(before.values, float), None, sets)
+            ends = interval(*_known(change.low, change.high), kind, signed=True)
+            cells += [number(float(np.mean(before.values)), kind), number(change.difference, kind, signed=True), ends]
+        table.add_row(f"{measure.label}, {measure.unit}" if measure.unit else measure.label, *cells)
+    return table
+
+
+def _bounded(estimate: Estimate, bounds: tuple[float, float] | None) -> tuple[float | None, float | None]:
+    low, high = bounds or (-math.inf, math.inf)
+    return _known(max(estimate.low, low), min(estimate.high, high))
+
+
+def _known(low: float, high: float) -> tuple[float | None, float | None]:
+    return (None, None) if math.isnan(low) else (low, high)

@@ -44,7 +44,7 @@ def write_study(
     arms: Sequence[str] | None = None,
 ) -> StudySpec:
     """Fill `folder` with a study of the bundled example's arms; runs in `fail` have failed. Returns its spec."""
-    spec = load_study(EXAMPLE)
+    spec = load_study(EXAMPLE, [f"shared.evaluation.out_of_distribution.{i}.size=24" for i in range(4)])
     kept = [arm for arm in spec.arms if arms is None or arm.name in arms]
     spec = spec.model_copy(update={"seeds": list(seeds), "arms": kept})
     rng = np.random.default_rng(7)

@@ -205,6 +205,26 @@ def test_arms_no_better_than_the_base_are_not_called_winners(tmp_path: Path) -> 
     assert said(build_results(tmp_path)).startswith("Cannot tell whether training helped.")
 
 
+@pytest.mark.parametrize(("answer", "where"), [(0.0, "floor"), (1.0, "ceiling")])
+def test_questions_that_all_models_answer_alike_have_no_winner(tmp_path: Path, answer: float, where: str) -> None:
+    write_study(tmp_path, arms=["sft", "grpo"])
+    for file in tmp_path.glob("runs/**/evaluation.json"):
+        evaluation = json.loads(file.read_text())
+        for one in evaluation["sets"].values():
+            for question in one["questions"]:
+                question["correct"] = [answer] * len(question["correct"])
+        file.write_text(json.dumps(evaluation))
+    found = build_results(tmp_path)
+    family = found["families"][0]
+    assert (family["leader"], family["tied"], family["leader_against"]) == (None, ["sft", "grpo"], [])
+    assert all((c["low"], c["smallest_detectable"], c["verdict"]) == (None, None, "cannot tell") for c in family["contrasts"])
+    assert said(found).startswith("Cannot tell: a tie at the top. sft and grpo have the same in-distribution accuracy, ")
+    assert f"at their {where}: nothing about methods can be learned" in said(found)
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "0.0 to 0.0" not in page.text and "100.0 to 100.0" not in page.text
+    assert page.row("grpo vs base")[1] == "cannot tell"
+
+
 def test_one_seed_and_quick_mode_are_said_at_the_top(tmp_path: Path) -> None:
     write_study(tmp_path, seeds=[0], quick=True, arms=["sft", "grpo"])
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))

@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from study_fakes import STUDY, Fakes, quiet, small_study
 
 from crosstrain.config import Recipe, StudySpec, load_study
+from crosstrain.config.differences import differences
 from crosstrain.errors import UserError
 from crosstrain.methods import load_method
 from crosstrain.studies.budget import check_can_be_equal
 from crosstrain.studies.estimate import expected_seconds
-from crosstrain.studies.layout import differences, only_one_process, slugs, study_runs
+from crosstrain.studies.layout import only_one_process, slugs, study_runs
 from crosstrain.studies.progress import Clock
 from crosstrain.studies.runner import checked, plan, run_study
 from crosstrain.training.loop import NonFinite

@@ -129,7 +129,11 @@ def test_equal_scores_everywhere() -> None:
     pooled = seed_variance([same, same])
     assert compare(same, same, pooled).p == 1
     none = compare(same, 0 * same, pooled)
-    assert (none.p, none.low, none.high) == (0, 1, 1)
+    assert (none.p, none.difference) == (0, 1)
+    # without variation there is nothing to make an interval of, and no difference can be called too small to find
+    assert math.isnan(none.low) and math.isnan(none.high)
+    assert math.isnan(arm_mean(same, pooled).low)
+    assert math.isnan(smallest_detectable_difference(none.se, none.df))
 
 
 def contrast(p: float, difference: float = 1.0) -> Contrast:

@@ -20,7 +20,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from crosstrain.config import StudySpec
+from crosstrain.config.differences import say_differences
 from crosstrain.errors import UserError
+from crosstrain.run_folder import make_folder
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def is_finished(folder: Path) -> bool:
 @contextmanager
 def only_one_process(out: Path) -> Iterator[None]:
     """Hold a study's folder; UserError when another process does. A killed process lets go by itself."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     lock = FileLock(out / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -120,33 +122,7 @@ def check_folder(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
             )
     if there["config_hash"] != identity["config_hash"]:
         raise UserError(
-            f"{out} holds another study: {_say_differences(there['spec'], identity['spec'])}; set it back to go on with that "
+            f"{out} holds another study: {say_differences(there['spec'], identity['spec'])}; set it back to go on with that "
             "study, or choose another --out to start anew"
         )
     return there
-
-
-def differences(there: Any, here: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """The settings in which two configurations differ, as (dotted key, there, here); None where a key is missing.
-
-    >>> differences({"budget": {"amount": 1.0}, "seeds": [0]}, {"budget": {"amount": 2.0}, "seeds": [0, 1]})
-    [('budget.amount', 1.0, 2.0), ('seeds', [0], [0, 1])]
-    """
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        pairs = [(str(key), there.get(key), here.get(key)) for key in sorted({*there, *here})]
-    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
-        pairs = [(str(i), a, b) for i, (a, b) in enumerate(zip(there, here, strict=True))]
-    else:
-        return [] if there == here else [(path, there, here)]
-    return [found for key, a, b in pairs for found in differences(a, b, f"{path}.{key}" if path else key)]
-
-
-def _say_differences(there: Any, here: Any, show: int = 3) -> str:
-    found = differences(there, here)
-    said = [f"{key} is {_short(a)} there and {_short(b)} here" for key, a, b in found[:show]]
-    return ", ".join(said) + (f", and {len(found) - show} more settings differ" if len(found) > show else "")
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

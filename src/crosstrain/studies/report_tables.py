@@ -58,8 +58,7 @@ def _measure_row(arm: Mapping[str, Any], measures: Sequence[Mapping[str, Any]], 
         if found is None:
             cells.append(f'<td data-group="{m["group"]}" class="missing">not measured</td>')
             continue
-        # The base against itself is 0 by definition, which no interval belongs to.
-        ends = "" if found["se"] == 0 else interval(found["low"], found["high"], m)
+        ends = interval(found["low"], found["high"], m)
         cells.append(
             f'<td data-group="{m["group"]}" data-value="{found["mean"]!r}">{escape(number(found["mean"], m))}'
             f"<small>{escape(ends)}</small></td>"
@@ -124,9 +123,10 @@ def _bar(c: Mapping[str, Any], scale: float, word: str) -> str:
     def x(value: float) -> float:
         return round(60 + 56 * value / scale, 1)
 
+    ends = "" if c["low"] is None else f'<path class="range" d="M{x(c["low"])} 8H{x(c["high"])}"/>'
     return (
         f'<svg class="bar {word.replace(" ", "-")}" viewBox="0 0 120 16" role="img" aria-label="interval">'
-        f'<path class="zero" d="M60 1v14"/><path class="range" d="M{x(c["low"])} 8H{x(c["high"])}"/>'
+        f'<path class="zero" d="M60 1v14"/>{ends}'
         f'<circle cx="{x(c["difference"])}" cy="8" r="3.4"/></svg>'
     )
 

@@ -95,15 +95,18 @@ def measure_of(results: Results, key: str) -> Mapping[str, Any]:
 def say_verdict(results: Results) -> Verdict:
     """Which arm won, by how much and how surely, in plain words."""
     families = results["families"]
-    if not families or families[0]["leader"] is None:
+    if not families or (families[0]["leader"] is None and not families[0]["tied"]):
         return Verdict("Nothing to compare yet", "No run of a trained arm has finished, so there is no verdict.")
     first = families[0]
     measure = measure_of(results, first["measure"])
-    leader, values = first["leader"], measure["arms"][first["leader"]]
     what = _what(measure)
-    score = f"{number(values['mean'], measure)} ({interval(values['low'], values['high'], measure)})"
     key = tuple(_key_points(results))
     points = tuple(text for family in families for text in _points(results, family))
+    if first["leader"] is None:
+        return Verdict("Cannot tell: a tie at the top", _tie(first["tied"], measure, what), key, points)
+    leader, values = first["leader"], measure["arms"][first["leader"]]
+    ends = interval(values["low"], values["high"], measure)
+    score = number(values["mean"], measure) + (f" ({ends})" if ends else "")
     rivals = [c["against"] for c in first["leader_against"] if c["verdict"] != "better"]
     if results["scope"] != "method":
         lead = (
@@ -130,17 +133,28 @@ def say_verdict(results: Results) -> Verdict:
     return Verdict(headline, lead, key, points)
 
 
+def _tie(tied: Sequence[str], measure: Mapping[str, Any], what: str) -> str:
+    """Which arms are equally good, and whether the questions could have told them apart."""
+    value = measure["arms"][tied[0]]["mean"]
+    said = f"{listing([shown(name) for name in tied])} have the same {what}, {number(value, measure)}."
+    if measure["format"] == "share" and not measure["change"] and value in (0.0, 1.0):
+        where, remedy = ("floor", "easier questions or more training") if value == 0 else ("ceiling", "harder questions")
+        said += f" The questions are at their {where}: nothing about methods can be learned from them. Try {remedy}."
+    return said
+
+
 def _ahead(family: Mapping[str, Any], measure: Mapping[str, Any]) -> str:
     """How far the leader is ahead of the next arm."""
     near = min(family["leader_against"], key=lambda c: abs(c["difference"]), default=None)
     if near is None:
         return ""
     name = "the untrained model" if near["against"] == "base" else shown(near["against"])
+    ends = interval(near["low"], near["high"], measure, signed=True)
     unsure = near["verdict"] != "better" and near["low"] is not None and near["low"] > 0
     return (
-        f" Its lead over {name} is {number(near['difference'], measure, signed=True).lstrip('+')} "
-        f"({interval(near['low'], near['high'], measure, signed=True)}"
-        + (", before the correction for comparing all pairs of arms)." if unsure else ").")
+        f" Its lead over {name} is {number(near['difference'], measure, signed=True).lstrip('+')}"
+        + (f" ({ends}" + (", before the correction for comparing all pairs of arms)" if unsure else ")") if ends else "")
+        + "."
     )
 
 

@@ -115,7 +115,9 @@ def _family(table: Table, role: str, label: str, arms: Sequence[Arm], study: Map
     everyone = [name for name in (arm.name for arm in arms) if name in table.scores]
     pairs = holm([table.contrast(a, b) for i, a in enumerate(everyone) for b in everyone[:i]])
     sign = 1 if direction == "higher" else -1
-    leader = max(trained, key=lambda name: sign * float(table.scores[name].mean()), default=None)
+    means = {name: sign * float(table.scores[name].mean()) for name in trained}
+    leaders = [name for name in trained if means[name] == max(means.values())]
+    leader = leaders[0] if len(leaders) == 1 else None
 
     def entry(c: Contrast, tests: int) -> dict[str, Any]:
         return {
@@ -131,6 +133,7 @@ def _family(table: Table, role: str, label: str, arms: Sequence[Arm], study: Map
         "direction": direction,
         "contrasts": [entry(c, tested) for c in contrasts],
         "leader": leader,
+        "tied": leaders if len(leaders) > 1 else [],
         "leader_against": [entry(_from(leader, c), len(pairs)) for c in pairs if leader in (c.arm, c.against)],
         "all_pairs": len(pairs),
     }

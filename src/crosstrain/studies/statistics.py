@@ -58,7 +58,8 @@ class SeedVariance:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its t interval, standard error and degrees of freedom."""
+    """A mean with its t interval, standard error and degrees of freedom. No interval (NaN) where all scores are equal: a sample
+    without variation cannot say how much the next one would vary."""
 
     mean: float
     low: float
@@ -188,8 +189,8 @@ def compare(
     """The difference of two arms' mean scores, a minus b, on the same questions.
 
     a, b: [S, Q], or [Q] for a model without training seeds; the number of seeds may differ. Seeds are not paired: seed 0 of two
-    methods has nothing in common but a number. Where all differences and all seeds are equal the standard error is 0, and p is
-    1 for no difference and 0 for any.
+    methods has nothing in common but a number. Where all differences and all seeds are equal the standard error is 0, there is no
+    interval (NaN), and p is 1 for no difference and 0 for any.
     """
     (of_a, share_a), (of_b, share_b) = _over_seeds(a), _over_seeds(b)
     differences = of_a - of_b
@@ -205,7 +206,7 @@ def _over_seeds(scores: Array) -> tuple[Array, float]:
 
 
 def _half_width(se: Any, df: Any, level: float) -> float:
-    return float(stats.t.ppf((1 + level) / 2, df) * se)
+    return float(stats.t.ppf((1 + level) / 2, df) * se) if se > 0 else math.nan
 
 
 def holm(contrasts: Sequence[Contrast]) -> list[Contrast]:
@@ -237,9 +238,10 @@ def smallest_detectable_difference(se: float, df: float, *, alpha: float = 0.05,
     """The true difference that a two-sided t test at `alpha` would find with probability `power`, given its standard error.
 
     (t[1 - alpha/2, df] + t[power, df]) * se (Bloom 1995); a few percent below the exact value at 2 degrees of freedom, the same
-    from 6 on. For a planned contrast, alpha is divided by the number of contrasts: what Holm asks of the first of them.
+    from 6 on. NaN for a standard error of 0, which says nothing. For a planned contrast, alpha is divided by the number of
+    contrasts: what Holm asks of the first of them.
 
     >>> round(smallest_detectable_difference(1.0, 1e9), 2)
     2.8
     """
-    return float((stats.t.ppf(1 - alpha / 2, df) + stats.t.ppf(power, df)) * se)
+    return float((stats.t.ppf(1 - alpha / 2, df) + stats.t.ppf(power, df)) * se) if se > 0 else math.nan

@@ -51,8 +51,7 @@ class Table:
                 rows.append(values - np.array(before.values, float) if before is not None else values)
             if rows:
                 scores[arm.name] = rows[0] if arm.is_base else np.stack(rows)
-        strata = np.array(first.sets if first else (), dtype=object)
-        strata = _joined(strata)
+        strata = joined_sets(first.sets if first else ())
         return Table(measure, scores, strata, seed_variance([s for s in scores.values() if s.ndim == 2], strata))
 
     @property
@@ -92,8 +91,9 @@ class Table:
         }
 
 
-def _joined(strata: Array) -> Array:
-    """The sets of the questions, with all in one where a set is too small to say how much its questions differ."""
+def joined_sets(sets: Sequence[str]) -> Array:
+    """The set of each question, with all in one where a set is too small to say how much its questions differ."""
+    strata = np.array(sets, dtype=object)
     names, counts = np.unique(strata.astype(str), return_counts=True)
     return np.full(strata.shape, "all", dtype=object) if len(names) and counts.min() < 2 else strata
 
