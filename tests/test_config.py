@@ -272,6 +272,14 @@ def test_a_wrong_study_says_where(change: dict[str, Any], message: str) -> None:
     assert message in refusal(StudySpec, {**STUDY, **change})
 
 
+def test_a_recipe_is_no_study_and_a_study_no_recipe(tmp_path: Path) -> None:
+    examples = Path(__file__).parents[1] / "examples"
+    with pytest.raises(UserError, match=r"sft_then_grpo\.yaml is a recipe for one run: .* `crosstrain train`"):
+        load_study(examples / "sft_then_grpo.yaml")
+    with pytest.raises(UserError, match=r"arithmetic\.yaml is a study: it has `arms`; run it with `crosstrain study`"):
+        load_recipe(examples / "arithmetic.yaml")
+
+
 def test_quick_settings_apply_to_arms_as_they_were_written(tmp_path: Path) -> None:
     quick = {"seeds": [7], "budget.amount": 100.0, "arms.0.batch_size": 2, "shared.evaluation.pass_at_k": [1]}
     file = tmp_path / "s.yaml"

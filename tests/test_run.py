@@ -95,8 +95,12 @@ def test_a_finished_run_is_returned_and_another_recipe_refused(world: Path, tmp_
     before = (first.folder / "record.json").read_bytes()
     assert crosstrain.train(recipe(world, "sft"), tmp_path / "run") == first
     assert (first.folder / "record.json").read_bytes() == before
-    with pytest.raises(UserError, match="holds a run of another recipe; choose another --out"):
+    with pytest.raises(UserError, match=r"holds a run of another recipe: .*method.*sft.*dft.*; set it back .* another --out"):
         crosstrain.train(recipe(world, "dft"), tmp_path / "run")
+    (tmp_path / "file").write_text("")
+    for where, why in (("file", "is a file"), ("file/inside", "cannot be made")):
+        with pytest.raises(UserError, match=f"{why}.*; choose another --out"):
+            crosstrain.train(recipe(world, "sft"), tmp_path / where)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="exists and is no run of crosstrain"):
@@ -163,6 +167,12 @@ def test_a_plateau_ends_a_stage(world: Path, tmp_path: Path) -> None:
         ("sft", 3, "plateau of eval_accuracy"),  # 0 at first, and twice no better
         ("dft", 2, "max_steps"),
     ]
+
+
+def test_what_is_measured_between_logged_steps_is_written_too(world: Path, tmp_path: Path) -> None:
+    more = {"evaluation": {**SETS, "eval_steps": 3}, "logging_steps": 2, "max_length": 400, "max_prompt_length": 200}
+    result = crosstrain.train(recipe(world, {"method": "sft", "max_steps": 5}, **more), tmp_path / "run")
+    assert [(line["step"], "eval_accuracy" in line) for line in lines(result.folder)] == [(2, False), (3, True), (4, False)]
 
 
 def test_the_best_weights_are_kept_and_put_back(world: Path, tmp_path: Path) -> None:

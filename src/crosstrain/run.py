@@ -69,9 +69,11 @@ def train(
     recipe = as_recipe(recipe)
     folder = folder_of(recipe, output_dir)
     record = open_folder(recipe, folder)
+    display = display or Display()
     if record.get("status") == "finished":
+        display.say(f"{folder}: this run has already finished; nothing was done")
         return result_of(folder, record)
-    run = _Run(recipe, folder, record, display or Display(), base)
+    run = _Run(recipe, folder, record, display, base)
     return run.to_the_end(save_weights)
 
 
@@ -143,9 +145,10 @@ class _Run:
         for step in train_stage(engine, method, settings, self.optimizer, self.progress):
             line = {"step": self.progress.step, "stage": self.progress.stage, "method": method.name, **step.metrics}
             line["epoch"] = self._epoch()
-            line |= self._measure_dev()
+            measured = self._measure_dev()
+            line |= measured
             self._keep_best(line)
-            if self.progress.step % self.recipe.logging_steps == 0:
+            if self.progress.step % self.recipe.logging_steps == 0 or measured:
                 append_lines(self.folder / "metrics.jsonl", [line])
                 log(line)
                 if self.recipe.log_completions and method.plan.samples:
@@ -339,6 +342,7 @@ class _Run:
             "parameters": engine.parameters,
             "precision": self.precision,
             "layout": engine.layout,
+            "attention": self.model.config._attn_implementation,
             "sampler": getattr(engine.sampler, "path", None),
             "methods": [assemble.describe_method(m) for m in self.methods],
             "data": {n: {"hash": h, "rows": self.loaded.rows[n]} for n, h in self.loaded.hashes.items()},

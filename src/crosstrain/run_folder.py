@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from crosstrain.config import Recipe, config_hash
+from crosstrain.config.differences import say_differences
 from crosstrain.errors import UserError
 from crosstrain.training.checkpoint import write_json
 from crosstrain.training.cost import Cost
@@ -41,13 +42,26 @@ def open_folder(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if saved.is_file():
         theirs = json.loads(saved.read_text(encoding="utf-8"))
         if theirs["hash"] != mine["hash"]:
-            raise UserError(f"{folder} holds a run of another recipe; choose another --out, or delete that folder")
+            said = say_differences(theirs["recipe"], mine["recipe"])
+            raise UserError(
+                f"{folder} holds a run of another recipe: {said}; set it back to go on with that run, or choose another --out"
+            )
         return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    if folder.exists() and any(folder.iterdir()):
+    make_folder(folder)
+    if any(folder.iterdir()):
         raise UserError(f"{folder} exists and is no run of crosstrain; choose another --out")
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(saved, mine)
     return {}
+
+
+def make_folder(folder: Path) -> None:
+    """The folder and its parents, when they are not there yet; UserError when they cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UserError(f"{folder} is a file; choose another --out") from None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}; choose another --out") from None
 
 
 def result_of(folder: Path, record: Mapping[str, Any]) -> RunResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from crosstrain.config.files import config_hash, load, parse, to_yaml
+from crosstrain.config.files import config_hash, load, parse, read_mapping, to_yaml
 from crosstrain.config.recipe import (
     BudgetSpec,
     DataSpec,
@@ -23,6 +23,7 @@ from crosstrain.config.recipe import (
     SwitchSpec,
 )
 from crosstrain.config.study import ArmSpec, ContrastsSpec, SharedSpec, StudySpec, TuneSpec
+from crosstrain.errors import UserError
 
 __all__ = [
     "ArmSpec",
@@ -54,9 +55,14 @@ __all__ = [
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML or JSON file, with `a.b=value` overrides; UserError names the key that is wrong."""
+    if "arms" in read_mapping(path):
+        raise UserError(f"{path} is a study: it has `arms`; run it with `crosstrain study`")
     return load(Recipe, path, overrides)
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudySpec:
     """The study in a YAML or JSON file, with `a.b=value` overrides; UserError names the key that is wrong."""
+    keys = read_mapping(path).keys()
+    if "arms" not in keys and keys & {"method", "stages"}:
+        raise UserError(f"{path} is a recipe for one run: it has no `arms`; run it with `crosstrain train`")
     return load(StudySpec, path, overrides)

@@ -16,6 +16,9 @@ from crosstrain.errors import UserError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
 
+SHOWN = 8
+"""Mistakes that one message lists."""
+
 _INT = re.compile(r"[-+]?(?:0|[1-9][0-9_]*)$")
 _FLOAT = re.compile(
     r"(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?"
@@ -125,8 +128,8 @@ def parse(model: type[Model], data: Any, *, where: str = "") -> Model:
         # Unknown keys first: what is missing is often what was misspelt.
         ordered = sorted(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         mistakes = list(dict.fromkeys(_explain(model, data, dict(one)) for one in ordered))
-        more = f" (and {len(mistakes) - 3} more mistakes)" if len(mistakes) > 3 else ""
-        raise UserError(f"{where + ': ' if where else ''}{'; '.join(mistakes[:3])}{more}") from error
+        more = f" (and {len(mistakes) - SHOWN} more mistakes)" if len(mistakes) > SHOWN else ""
+        raise UserError(f"{where + ': ' if where else ''}{'; '.join(mistakes[:SHOWN])}{more}") from error
 
 
 def load(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) -> Model:

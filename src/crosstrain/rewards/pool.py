@@ -146,7 +146,7 @@ class RewardPool:
             reply = child.call(function, columns, self.timeout_s)
         except ChildTimeout:
             self._children[slot] = Child(self.functions, self._memory_gb)
-            return Failure(f"took longer than {self.timeout_s:g} s", bug=False, timeout=True)
+            return Failure(f"took longer than {self.timeout_s:g} s (its time limit, timeout_s)", bug=False, timeout=True)
         except ChildDied as error:
             self._children[slot] = Child(self.functions, self._memory_gb)
             return Failure(f"crashed: its process {error}", bug=False)
