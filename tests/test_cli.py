@@ -104,7 +104,8 @@ def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 
 def test_ctrl_c_ends_the_process_with_130() -> None:
-    code = "import sys, time, crosstrain.cli as cli\n"
+    # whoever runs the tests in the background has them inherit an ignored SIGINT
+    code = "import signal, sys, time, crosstrain.cli as cli\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "import crosstrain.config as c\nc.load_recipe = lambda *a: (print('up', flush=True), time.sleep(60))\n"
     code += "sys.exit(cli.main(['train', 'r.yaml']))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
