@@ -151,3 +151,14 @@ def test_evaluation_mode_puts_every_module_back_also_after_an_error() -> None:
         raise RuntimeError
     assert [module.training for module in model.modules()] == before
     assert torch.is_grad_enabled()
+
+
+def test_bf16_products_leave_torchs_switch_as_it_was() -> None:
+    from crosstrain.head import bf16_products
+
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    with pytest.raises(KeyError), bf16_products():
+        assert matmul.fp32_precision == "bf16"
+        raise KeyError
+    assert matmul.fp32_precision == before == "none"

@@ -21,7 +21,7 @@ NAME = "crosstrain_short"
 """What transformers knows this attention by (`config._attn_implementation`)."""
 
 LONGEST = 320
-"""Columns up to which plain products are faster than torch's kernel (`benchmarks` measures it); one query is always short."""
+"""Columns up to which plain products are faster than torch's kernel on an AVX-512 processor; one query is always short."""
 
 
 def short_attention(
