@@ -35,7 +35,7 @@ def test_merged_rows_keep_their_entries_aligned_on_the_right_with_zeros_before_t
     one, two = filled([5, 2, 3], 100.0), filled([4, 1], 1000.0)
     wanted = [(one, [1, 2, 2], 100.0), (two, [1, 0], 1000.0)]
     expected = [row(cache, i, layer).clone() for layer in range(2) for cache, index, _ in wanted for i in index]
-    merged = merge([(cache, torch.tensor(index)) for cache, index, _ in wanted], room=3)
+    merged = merge([(cache, torch.tensor(index)) for cache, index, _ in wanted], 5, room=3)
     assert (merged.rows, merged.length, merged.capacity) == (5, 4, 7)  # the row of 5 is gone and its columns with it
     assert merged.real[:, :4].sum(dim=1).tolist() == [2, 3, 3, 1, 4]
     found = [row(merged, i, layer) for layer in range(2) for i in range(5)]
@@ -46,12 +46,12 @@ def test_merged_rows_keep_their_entries_aligned_on_the_right_with_zeros_before_t
 
 def test_merging_frees_the_memory_of_its_parts() -> None:
     part = filled([3, 3], 0.0)
-    merge([(part, torch.tensor([0, 1, 1]))], room=1)
+    merge([(part, torch.tensor([0, 1, 1]))], 3, room=1)
     assert all(tensor.numel() == 0 for tensor in (*part.keys, *part.values))
 
 
 def test_new_columns_are_written_in_place() -> None:
-    cache = merge([(filled([2, 3], 0.0), torch.tensor([0, 1]))], room=2)
+    cache = merge([(filled([2, 3], 0.0), torch.tensor([0, 1]))], 2, room=2)
     memory = [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)]
     for step in (7.0, 8.0):
         assert cache.get_mask_sizes(1, 0) == (cache.length + 1, 0)
@@ -63,4 +63,18 @@ def test_new_columns_are_written_in_place() -> None:
         assert cache.mask(1)[:, -1].all()
         cache.advance(1)
     assert cache.length == cache.capacity == cache.get_seq_length()
+    assert [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)] == memory
+
+
+def test_a_fork_is_a_copy_in_memory_that_is_there_already() -> None:
+    cache = merge([(filled([2, 3], 0.0), torch.tensor([0, 1]))], 4, room=2)
+    memory = [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)]
+    expected = [row(cache, i, layer).clone() for layer in range(2) for i in (0, 1, 1, 0)]
+    cache.fork(torch.tensor([1, 0]))
+    assert (cache.rows, cache.length, cache.capacity) == (4, 3, 5)
+    assert all(torch.equal(row(cache, i, layer), expected[4 * layer + i]) for layer in range(2) for i in range(4))
+    cache.update(torch.arange(4.0)[:, None, None, None].expand(4, 3, 1, 4), torch.zeros(4, 3, 1, 4), 0)
+    assert cache.keys[0][:, 0, 3, 0].tolist() == [0.0, 1.0, 2.0, 3.0], "each goes on by itself"
+    cache.fork(torch.tensor([], dtype=torch.long))
+    assert cache.rows == 4
     assert [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)] == memory

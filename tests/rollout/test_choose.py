@@ -15,6 +15,7 @@ from crosstrain.rollout.choose import BLOCK, NUCLEUS, choose, inverse_cdf, keep_
 DRAWS = 20_000
 JUST_BELOW_1 = float(np.nextafter(np.float32(1), np.float32(0)))
 LARGE = 3 * BLOCK + 17  # several blocks, the last of them cut
+ONE = torch.tensor([0])  # one row, of the only logits
 
 
 def made_up_logits(size: int, spread: float = 3.0) -> Tensor:
@@ -24,7 +25,7 @@ def made_up_logits(size: int, spread: float = 3.0) -> Tensor:
 def drawn(logits: Tensor, temperature: float, top_p: float, top_k: int) -> tuple[Tensor, Tensor]:
     uniform = torch.rand(DRAWS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     never = torch.zeros(DRAWS, dtype=torch.bool)
-    return choose(logits.expand(DRAWS, -1), uniform, temperature, top_p, top_k, never)
+    return choose(logits[None], torch.zeros(DRAWS, dtype=torch.long), uniform, temperature, top_p, top_k, never)
 
 
 def filtered_softmax(logits: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
@@ -83,11 +84,11 @@ def test_flat_and_peaked_rows_in_one_batch_each_keep_their_own_nucleus() -> None
 
 
 def test_a_tiny_top_p_and_top_k_of_one_leave_the_most_likely_token() -> None:
-    logits = made_up_logits(LARGE).expand(50, -1)
+    logits, one = made_up_logits(LARGE)[None], torch.zeros(50, dtype=torch.long)
     uniform, never = torch.linspace(0, JUST_BELOW_1, 50), torch.zeros(50, dtype=torch.bool)
     best = int(logits[0].argmax())
-    assert set(choose(logits, uniform, 1.0, 1e-6, 0, never)[0].tolist()) == {best}
-    assert set(choose(logits, uniform, 1.0, 1.0, 1, never)[0].tolist()) == {best}
+    assert set(choose(logits, one, uniform, 1.0, 1e-6, 0, never)[0].tolist()) == {best}
+    assert set(choose(logits, one, uniform, 1.0, 1.0, 1, never)[0].tolist()) == {best}
 
 
 def test_top_k_keeps_exactly_k_of_equal_tokens() -> None:
@@ -100,16 +101,27 @@ def test_top_k_keeps_exactly_k_of_equal_tokens() -> None:
 def test_greedy_rows_take_the_most_likely_token_and_others_do_not_notice(top_p: float, top_k: int) -> None:
     logits = torch.stack([made_up_logits(LARGE), made_up_logits(LARGE + 0), made_up_logits(LARGE).flip(0)])
     uniform = torch.tensor([0.99, 0.99, 0.99])
-    mixed, logp = choose(logits, uniform, 0.7, top_p, top_k, torch.tensor([True, False, False]))
-    alone, _ = choose(logits[1:], uniform[1:], 0.7, top_p, top_k, torch.tensor([False, False]))
+    mixed, logp = choose(logits, torch.arange(3), uniform, 0.7, top_p, top_k, torch.tensor([True, False, False]))
+    alone, _ = choose(logits[1:], torch.arange(2), uniform[1:], 0.7, top_p, top_k, torch.tensor([False, False]))
     assert mixed[0] == logits[0].argmax()
     assert mixed[1:].tolist() == alone.tolist()
     assert torch.allclose(logp[0], torch.log_softmax(logits[0] / 0.7, dim=0).max(), atol=1e-5)
 
 
+@pytest.mark.parametrize(("top_p", "top_k"), [(1.0, 0), (0.3, 0), (1.0, 4)])
+def test_rows_that_share_logits_take_what_each_would_from_a_copy_of_its_own(top_p: float, top_k: int) -> None:
+    logits = torch.stack([made_up_logits(LARGE), made_up_logits(LARGE).flip(0)])
+    place, uniform = torch.tensor([1, 0, 0, 1, 1]), torch.tensor([0.1, 0.2, 0.9, 0.9, 0.5])
+    greedy = torch.tensor([False, False, False, False, True])
+    token, logp = choose(logits, place, uniform, 0.7, top_p, top_k, greedy)
+    token_of_copy, logp_of_copy = choose(logits[place], torch.arange(5), uniform, 0.7, top_p, top_k, greedy)
+    assert token.tolist() == token_of_copy.tolist()
+    assert logp.tolist() == logp_of_copy.tolist()
+
+
 def test_temperature_0_is_greedy_with_log_probs_at_temperature_1() -> None:
     logits = made_up_logits(LARGE)[None]
-    token, logp = choose(logits, torch.tensor([0.9]), 0.0, 1.0, 0, torch.tensor([False]))
+    token, logp = choose(logits, ONE, torch.tensor([0.9]), 0.0, 1.0, 0, torch.tensor([False]))
     assert token.item() == logits.argmax()
     assert torch.allclose(logp, torch.log_softmax(logits, dim=1).max(), atol=1e-6)
 
@@ -117,13 +129,15 @@ def test_temperature_0_is_greedy_with_log_probs_at_temperature_1() -> None:
 def test_logits_are_left_as_they_were() -> None:
     logits = made_up_logits(LARGE)[None]
     before = logits.clone()
-    choose(logits, torch.tensor([0.5]), 0.7, 0.9, 5, torch.tensor([False]))
+    choose(logits, ONE, torch.tensor([0.5]), 0.7, 0.9, 5, torch.tensor([False]))
     assert torch.equal(logits, before)
 
 
 def test_huge_logits_do_not_overflow_and_nan_is_passed_on() -> None:
     logits = torch.tensor([[3e38, 0.0, -3e38], [0.0, float("-inf"), 0.0], [float("nan"), 0.0, 0.0]])
-    token, logp = choose(logits, torch.tensor([0.999, 0.6, 0.5]), 1.0, 1.0, 0, torch.zeros(3, dtype=torch.bool))
+    token, logp = choose(
+        logits, torch.arange(3), torch.tensor([0.999, 0.6, 0.5]), 1.0, 1.0, 0, torch.zeros(3, dtype=torch.bool)
+    )
     assert token[:2].tolist() == [0, 2]
     assert logp[0] == 0.0
     assert torch.isclose(logp[1], torch.tensor(0.5).log())
@@ -138,20 +152,20 @@ def test_a_token_of_probability_0_is_never_drawn(size: int, uniform: float) -> N
         weight = torch.rand(20, size, generator=generator) ** 30  # from 1 down to what fp32 flushes to 0
         weight = weight * (torch.rand(20, size, generator=generator) >= holes)
         weight[:, size // 2] = 1e-30  # one positive weight at least
-        index = inverse_cdf(weight, torch.full((20,), uniform))
+        index = inverse_cdf(weight, torch.arange(20), torch.full((20,), uniform))
         assert (weight.gather(1, index[:, None]) > 0).all()
 
 
 def test_certainty_is_certain_at_any_uniform_number() -> None:
     for place in (0, BLOCK - 1, BLOCK, LARGE - 1):
-        weight = torch.zeros(3, LARGE)
-        weight[:, place] = 0.25
-        assert inverse_cdf(weight, torch.tensor([0.0, 0.5, JUST_BELOW_1])).tolist() == [place] * 3
+        weight = torch.zeros(1, LARGE)
+        weight[0, place] = 0.25
+        assert inverse_cdf(weight, torch.tensor([0, 0, 0]), torch.tensor([0.0, 0.5, JUST_BELOW_1])).tolist() == [place] * 3
 
 
 def test_a_flat_distribution_gives_every_token_an_equal_slice() -> None:
     uniform = (torch.arange(LARGE, dtype=torch.float64) + 0.5) / LARGE
-    assert inverse_cdf(torch.ones(LARGE, LARGE), uniform).tolist() == list(range(LARGE))
+    assert inverse_cdf(torch.ones(1, LARGE), torch.zeros(LARGE, dtype=torch.long), uniform).tolist() == list(range(LARGE))
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=600).filter(any), st.floats(0, 1, exclude_max=True, width=32))
@@ -159,5 +173,5 @@ def test_inverse_cdf_is_searchsorted_on_the_running_sum(weights: list[int], unif
     running = np.cumsum(weights)
     target = uniform * running[-1]
     expected = int(np.searchsorted(running, target, side="right"))
-    found = int(inverse_cdf(torch.tensor([weights], dtype=torch.float64), torch.tensor([uniform], dtype=torch.float64)))
-    assert found == expected
+    found = inverse_cdf(torch.tensor([weights], dtype=torch.float64), ONE, torch.tensor([uniform], dtype=torch.float64))
+    assert int(found) == expected

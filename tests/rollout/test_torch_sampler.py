@@ -254,17 +254,21 @@ class Watched:
         self.shapes.append(tuple(kwargs["input_ids"].shape))
 
 
-def test_a_prompt_is_prefilled_once_for_its_whole_group_and_finished_rows_leave_the_batch() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+def test_a_prompt_is_prefilled_once_for_its_group_texts_are_decoded_once_and_finished_ones_leave(temperature: float) -> None:
     model = tiny_model()
     sampler = TorchSampler(model, stop_token_ids=tuple(range(2, 12)))  # a sixth of the vocabulary ends a row
     assert sampler.path == "cached"
     watched = Watched(model)
     prompts = mixed_prompts(5, n=8)
-    found = sampler.sample(prompts, Sampling(max_completion_length=30), seed=0, step=0)
+    found = sampler.sample(prompts, Sampling(temperature=temperature, max_completion_length=30), seed=0, step=0)
     prefills, steps = [s for s in watched.shapes if s[1] > 1], [rows for rows, columns in watched.shapes if columns == 1]
     assert sum(rows for rows, _ in prefills) == 5
-    running = [sum(len(c.tokens) > t for group in found for c in group) for t in range(1, 30)]
+    running = [
+        len({(i, c.tokens[:t]) for i, group in enumerate(found) for c in group if len(c.tokens) > t}) for t in range(1, 30)
+    ]
     running = [r for r in running if r]
+    assert temperature == 1.0 or running[0] < 30, "completions of a prompt begin alike, or this test could not fail"
     assert len(steps) == len(running)
     assert all(r <= rows <= r / decode.COMPACT_BELOW for rows, r in zip(steps, running, strict=True))
 
@@ -291,7 +295,7 @@ def test_waiting_rows_replace_finished_ones_within_the_budget(start: tuple[int, 
 
     def merge_and_note(*args: Any, **kwargs: Any) -> Any:
         cache = merge(*args, **kwargs)
-        held.append(cache.rows * cache.capacity)
+        held.append(len(cache.keys[0]) * cache.capacity)
         return cache
 
     with pytest.MonkeyPatch.context() as patch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -15,7 +16,8 @@ class PreallocatedCache:
     It is not a transformers Cache, which grows by concatenation or cannot change its rows: attention asks for `update`, the
     mask for the lengths, and nothing else. Models that ask for more (state-space layers, layers that share keys) are not served.
 
-    real: [rows, capacity] bool, the columns that hold a token of the row. length: columns written so far.
+    real: [rows, capacity] bool, the columns that hold a token of the row. length: columns written so far. Memory may be there
+    for more rows than are in use, see `fork`.
     """
 
     is_compileable = False
@@ -44,9 +46,9 @@ class PreallocatedCache:
             return key, value
         end = self.length + key.shape[2]
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
+        keys[: self.rows, :, self.length : end] = key
+        values[: self.rows, :, self.length : end] = value
+        return keys[: self.rows, :, :end], values[: self.rows, :, :end]
 
     def advance(self, columns: int) -> None:
         """After a forward pass over new columns."""
@@ -55,6 +57,15 @@ class PreallocatedCache:
     def mask(self, columns: int) -> Tensor:
         """[rows, length + columns] bool: transformers' padding mask for a forward pass over new columns."""
         return self.real[:, : self.length + columns]
+
+    def fork(self, source: Tensor) -> None:
+        """Add rows that are copies of the rows `source`, [n], in memory that `merge` has kept for them."""
+        if not len(source):
+            return
+        new = slice(self.rows, self.rows + len(source))
+        self.real = torch.cat([self.real, self.real[source]])
+        for tensor in (*self.keys, *self.values):
+            tensor[new, :, : self.length] = tensor[:, :, : self.length].index_select(0, source)
 
     def close_gaps(self) -> None:
         """Move the unused columns of every row to its left; positions are in the keys, so that their order is free."""
@@ -75,8 +86,8 @@ class PreallocatedCache:
         return self.length + query_length, 0
 
 
-def merge(parts: Sequence[tuple[PreallocatedCache, Tensor]], room: int) -> PreallocatedCache:
-    """One cache of the chosen rows of each part, with room for further columns. The parts are emptied.
+def merge(parts: Sequence[tuple[PreallocatedCache, Tensor]], most: int, room: int) -> PreallocatedCache:
+    """One cache of the chosen rows of each part, with room for `most` rows in all and further columns. The parts are emptied.
 
     parts: caches with the rows to take, in order; a row may be taken several times (a prompt for each of its completions).
     Columns that no chosen row uses are dropped. A layer's old memory is freed before the next is allocated.
@@ -94,11 +105,12 @@ def merge(parts: Sequence[tuple[PreallocatedCache, Tensor]], room: int) -> Preal
     for layer in range(len(parts[0][0].keys)):
         for name in ("keys", "values"):
             source: list[Tensor] = [getattr(cache, name)[layer] for cache, _ in parts]
-            # zeros in the columns that are added: attention gives them weight 0, and 0 * NaN would be NaN
-            target = source[0].new_zeros(total, source[0].shape[1], columns + room, source[0].shape[3])
+            target = source[0].new_empty(most, source[0].shape[1], columns + room, source[0].shape[3])
             for (cache, rows), tensor, need, start in zip(parts, source, needs, starts, strict=True):
                 taken = tensor[:, :, cache.length - need : cache.length].index_select(0, rows)
-                target[start : start + len(rows), :, columns - need : columns] = taken
+                here = target[start : start + len(rows)]
+                here[:, :, : columns - need] = 0  # attention gives added columns weight 0, and 0 * NaN would be NaN
+                here[:, :, columns - need : columns] = taken
                 getattr(cache, name)[layer] = tensor.new_empty(0)
             getattr(merged, name).append(target)
     return merged

@@ -14,42 +14,44 @@ NUCLEUS = 512
 
 
 def choose(
-    logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int, greedy: Tensor
+    logits: Tensor, place: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int, greedy: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The next token of each row and its log-prob, [R] and [R].
 
-    logits: [R, V] in at least fp32. uniform: [R] in [0, 1). greedy: [R] bool, rows that take the most likely token. The
+    logits: [P, V] in at least fp32. place: [R], which of them is each row's: rows may share one, and what is computed of a whole
+    vocabulary is computed once for them. uniform: [R] in [0, 1). greedy: [R] bool, rows that take the most likely token. The
     log-prob is under softmax(logits / temperature) over the whole vocabulary, whatever top_p and top_k remove; at temperature 0
     under softmax(logits). It is NaN where logits are NaN.
 
-    >>> logits = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
-    >>> choose(logits, torch.tensor([0.05, 0.99]), 1.0, 1.0, 0, torch.tensor([False, False]))[0]
+    >>> logits, one = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([0, 0])
+    >>> choose(logits, one, torch.tensor([0.05, 0.99]), 1.0, 1.0, 0, torch.tensor([False, False]))[0]
     tensor([0, 2])
     """
     scale = temperature if temperature > 0 else 1.0
-    highest, token = logits.max(dim=1)
+    highest, best = logits.max(dim=1)
     weight = (logits - highest[:, None]).div_(scale).exp_()
+    token = best[place]
     if temperature > 0 and not bool(greedy.all()):
-        token = torch.where(greedy, token, _draw(weight, uniform, top_p, top_k))
-    chosen = (logits.gather(1, token[:, None])[:, 0] - highest) / scale
-    return token, chosen - weight.sum(dim=1).log()
+        token = torch.where(greedy, token, _draw(weight, place, uniform, top_p, top_k))
+    chosen = (logits[place, token] - highest[place]) / scale
+    return token, chosen - weight.sum(dim=1).log()[place]
 
 
-def _draw(weight: Tensor, uniform: Tensor, top_p: float, top_k: int) -> Tensor:
+def _draw(weight: Tensor, place: Tensor, uniform: Tensor, top_p: float, top_k: int) -> Tensor:
     size = weight.shape[1]
     if top_p == 1 and (top_k == 0 or top_k >= size):
-        return inverse_cdf(weight, uniform)
+        return inverse_cdf(weight, place, uniform)
     likely, index = keep_likely(weight, top_p, top_k)
-    return index.gather(1, inverse_cdf(likely, uniform)[:, None])[:, 0]
+    return index[place, inverse_cdf(likely, place, uniform)]
 
 
-def inverse_cdf(weight: Tensor, uniform: Tensor) -> Tensor:
-    """[R]: the first index at which the running sum of `weight` [R, V] passes uniform * its total.
+def inverse_cdf(weight: Tensor, place: Tensor, uniform: Tensor) -> Tensor:
+    """[R]: the first index at which the running sum of row `place` of `weight` [P, V] passes uniform * its total.
 
     In two levels, blocks of 256 and then single tokens. A token of weight 0 is never chosen, whatever the rounding, as long as
-    one is positive. Rows need not sum to 1.
+    one is positive. Weights need not sum to 1.
 
-    >>> inverse_cdf(torch.tensor([[0.0, 2.0, 6.0, 0.0]]).expand(3, 4), torch.tensor([0.0, 0.24, 1.0]))
+    >>> inverse_cdf(torch.tensor([[0.0, 2.0, 6.0, 0.0]]), torch.tensor([0, 0, 0]), torch.tensor([0.0, 0.24, 1.0]))
     tensor([1, 1, 2])
     """
     rows, size = weight.shape
@@ -57,8 +59,8 @@ def inverse_cdf(weight: Tensor, uniform: Tensor) -> Tensor:
         weight = F.pad(weight, (0, -size % BLOCK))
     blocks = weight.view(rows, -1, BLOCK)
     sums = blocks.sum(dim=2)
-    block, rest = _first_past(sums, uniform.to(sums.dtype) * sums.sum(dim=1))
-    inside, _ = _first_past(blocks[torch.arange(rows, device=weight.device), block], rest)
+    block, rest = _first_past(sums[place], uniform.to(sums.dtype) * sums.sum(dim=1)[place])
+    inside, _ = _first_past(blocks[place, block], rest)
     return block * BLOCK + inside
 
 

@@ -1,10 +1,14 @@
-"""The decoding loops: with keys and values kept, or without."""
+"""The decoding loops: with keys and values kept, or without.
+
+Completions of a prompt that are still the same text are one line of the batch, computed once; a line forks where they part.
+"""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,10 +20,10 @@ from crosstrain.rollout.cache import PreallocatedCache, merge
 from crosstrain.rollout.rows import Rows
 
 COMPACT_BELOW = 0.75
-"""Finished rows leave the batch when fewer than this share of it still runs: a copy of the cache must pay off."""
+"""Finished lines leave the batch when fewer than this share of it still runs: a copy of the cache must pay off."""
 
 HEAD_ROWS = 128
-"""Rows whose logits exist at once: 128 x 49,152 in fp32 are 25 MB."""
+"""Lines whose logits exist at once: 128 x 49,152 in fp32 are 25 MB."""
 
 PREFILL_TOKENS = 4096
 """Prompt tokens in one forward pass, padding included, unless a single prompt has more."""
@@ -55,47 +59,62 @@ class Ask:
 
 @dataclass
 class _Batch:
-    """Rows that decode together: their cache and [R] ids in `Rows`, next token to feed, its position, whether the row runs."""
+    """Lines that decode together, and the rows (completions) on them.
+
+    token, position: [L], what each line feeds next. row: [R] ids in `Rows` of the rows that run. line: [R], where each is, rising.
+    """
 
     cache: PreallocatedCache
-    row: Tensor
     token: Tensor
     position: Tensor
-    live: Tensor
+    row: Tensor
+    line: Tensor
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What goes into the next batch: [R] rows of a cache (a prompt several times), ids in `Rows`, next tokens and positions."""
+    """What goes into the next batch: [L] lines of a cache (a prompt several times), then as in `_Batch`."""
 
     cache: PreallocatedCache
     source: Tensor
-    row: Tensor
     token: Tensor
     position: Tensor
+    row: Tensor
+    line: Tensor
 
 
 def cached(policy: Policy, asks: Sequence[Ask], rows: Rows, token_budget: int) -> None:
-    """Prefill each prompt once, share its keys and values among its rows, and replace rows that finish by waiting ones."""
+    """Prefill each prompt once, share its keys and values among its rows, and replace those that finish by waiting ones."""
     waiting = deque(sorted(asks, key=lambda a: -len(a.tokens)))  # the longest first: those after it fit into its columns
     batch: _Batch | None = None
     while batch is not None or waiting:
-        if batch is None or int(batch.live.sum()) < COMPACT_BELOW * batch.cache.rows:
+        if batch is None or len(batch.line.unique()) < COMPACT_BELOW * batch.cache.rows:
             batch = _refill(policy, batch, waiting, rows, token_budget)
         if batch is not None:
             _step(policy, batch, rows)
 
 
 def _step(policy: Policy, batch: _Batch, rows: Rows) -> None:
-    """One more token for every row that runs; the others idle until they are dropped."""
+    """One more token for every row that runs; lines without any idle until they are dropped."""
     hidden = _forward(policy, batch.token[:, None], batch.position[:, None], batch.cache)
-    live = torch.nonzero(batch.live).flatten()
-    batch.token[live], batch.live[live] = _draw(policy, hidden, live, batch.row[live], rows)
-    batch.position[live] += 1
+    row, source, token, which = _draw(policy, hidden, batch.line, batch.row, rows)
+    stays = torch.ones_like(source, dtype=torch.bool)
+    stays[1:] = source[1:] != source[:-1]  # one text goes on in the line of all, the others in a copy of it
+    line = torch.where(stays, source, batch.cache.rows - 1 + (~stays).cumsum(0))
+    batch.cache.fork(source[~stays])
+    batch.position = torch.cat([batch.position, batch.position[source[~stays]]])
+    batch.position[line] += 1
+    batch.token = torch.cat([batch.token, token[~stays]])
+    batch.token[line] = token
+    batch.line, order = line[which].sort(stable=True)
+    batch.row = row[order]
 
 
 def _refill(policy: Policy, batch: _Batch | None, waiting: deque[Ask], rows: Rows, token_budget: int) -> _Batch | None:
-    """The rows that still run and as many waiting ones as the budget has room for; None when no row goes on."""
+    """The rows that still run and as many waiting ones as the budget has room for; None when no row goes on.
+
+    There is room for each row to get a line of its own.
+    """
     parts = [] if batch is None else [_running(batch)]
     held = sum(len(p.row) for p in parts)
     columns = max((int(p.position.max()) for p in parts if len(p.row)), default=0)
@@ -105,18 +124,19 @@ def _refill(policy: Policy, batch: _Batch | None, waiting: deque[Ask], rows: Row
     if not parts:
         return None
     row = torch.cat([p.row for p in parts])
+    lines = [0, *accumulate(len(p.source) for p in parts)]
     return _Batch(
-        cache=merge([(p.cache, p.source) for p in parts], room=rows.limit - int(rows.length[row].min())),
-        row=row,
+        cache=merge([(p.cache, p.source) for p in parts], len(row), room=rows.limit - int(rows.length[row].min())),
         token=torch.cat([p.token for p in parts]),
         position=torch.cat([p.position for p in parts]),
-        live=torch.ones_like(row, dtype=torch.bool),
+        row=row,
+        line=torch.cat([p.line + first for p, first in zip(parts, lines, strict=False)]),
     )
 
 
 def _running(batch: _Batch) -> _Part:
-    live = torch.nonzero(batch.live).flatten()
-    return _Part(batch.cache, live, batch.row[live], batch.token[live], batch.position[live])
+    source, line = torch.unique_consecutive(batch.line, return_inverse=True)
+    return _Part(batch.cache, source, batch.token[source], batch.position[source], batch.row, line)
 
 
 def _admit(waiting: deque[Ask], held: int, columns: int, limit: int, token_budget: int) -> list[Ask]:
@@ -182,17 +202,17 @@ def _prefill(policy: Policy, asks: Sequence[Ask], rows: Rows) -> _Part:
         first = torch.tensor([asks[0].tokens[:start]], device=policy.device)
         once = PreallocatedCache(torch.ones_like(first, dtype=torch.bool))
         _forward(policy, first, torch.arange(start, device=policy.device)[None], once)
-        cache = merge([(once, torch.zeros_like(length))], room=width)
+        cache = merge([(once, torch.zeros_like(length))], len(asks), room=width)
         cache.real[:, start:] = real
     else:
         cache = PreallocatedCache(real)
     hidden = _forward(policy, tokens, position.clamp(min=0), cache)
     if start:
         cache.close_gaps()  # the unused columns between the start and the rest of shorter prompts
-    source = torch.repeat_interleave(torch.tensor([a.n for a in asks], device=policy.device))
+    owner = torch.repeat_interleave(torch.tensor([a.n for a in asks], device=policy.device))
     row = torch.cat([torch.arange(a.first, a.first + a.n, device=policy.device) for a in asks])
-    token, live = _draw(policy, hidden, source, row, rows)
-    return _Part(cache, source[live], row[live], token[live], length[source[live]])
+    row, source, token, line = _draw(policy, hidden, owner, row, rows)
+    return _Part(cache, source, token, length[source], row, line)
 
 
 def _forward(policy: Policy, tokens: Tensor, positions: Tensor, cache: PreallocatedCache) -> Tensor:
@@ -205,18 +225,28 @@ def _forward(policy: Policy, tokens: Tensor, positions: Tensor, cache: Prealloca
     return states[:, -1]  # type: ignore[no-any-return]
 
 
-def _draw(policy: Policy, hidden: Tensor, owner: Tensor, row: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-    """The next token of each row and whether it goes on, [R] and [R], from the hidden states [P, D] of their owners.
+def _draw(policy: Policy, hidden: Tensor, owner: Tensor, row: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw the next token of each row from the hidden states [P, D] of their owners: the rows that go on, and their texts.
 
-    owner: [R], rising. Rows of one prompt share its logits.
+    owner: [R], rising. Rows of one owner share its logits. Returns the rows, sorted by text, [R']; the owner [L] and the new token
+    [L] of each text, sorted by owner; and the text of each row, [R'], rising.
     """
+    owners, place = torch.unique_consecutive(owner, return_inverse=True)
     pieces = []
-    for part, own in zip(torch.split(row, HEAD_ROWS), torch.split(owner, HEAD_ROWS), strict=True):
-        prompts, place = torch.unique_consecutive(own, return_inverse=True)
-        logits = head_logits(policy.model, hidden[prompts], policy.parameters)
-        pieces.append(rows.take(part, logits if len(prompts) == len(part) else logits[place]))
-    tokens, live = zip(*pieces, strict=True)
-    return torch.cat(tokens), torch.cat(live)
+    for some, own in zip(torch.split(row, sizes := _row_counts(place)), torch.split(place, sizes), strict=True):
+        first = int(own[0])
+        logits = head_logits(policy.model, hidden[owners[first : first + HEAD_ROWS]], policy.parameters)
+        pieces.append(rows.take(some, logits, own - first))
+    token, live = (torch.cat(found) for found in zip(*pieces, strict=True))
+    size = int(token.max()) + 1
+    text, which = torch.unique(owner[live] * size + token[live], return_inverse=True)
+    which, order = which.sort(stable=True)
+    return row[live][order], text // size, text % size, which
+
+
+def _row_counts(place: Tensor) -> list[int]:
+    """How many rows there are for each HEAD_ROWS of what `place` [R], rising, counts."""
+    return torch.bincount(torch.div(place, HEAD_ROWS, rounding_mode="floor")).tolist()  # type: ignore[no-any-return]
 
 
 def plain(policy: Policy, asks: Sequence[Ask], rows: Rows, token_budget: int) -> None:
@@ -230,7 +260,8 @@ def plain(policy: Policy, asks: Sequence[Ask], rows: Rows, token_budget: int) ->
             for start in range(0, len(running), HEAD_ROWS):
                 part = running[start : start + HEAD_ROWS]
                 logits = _last_logits(policy, [tokens for _, tokens in part])
-                token, live = rows.take(torch.tensor([i for i, _ in part], device=policy.device), logits)
+                own = torch.arange(len(part), device=policy.device)
+                token, live = rows.take(torch.tensor([i for i, _ in part], device=policy.device), logits, own)
                 for (i, tokens), t, goes_on in zip(part, token.tolist(), live.tolist(), strict=True):
                     still += [(i, [*tokens, t])] if goes_on else []
             running = still

@@ -43,13 +43,15 @@ class Rows:
         self.length = torch.zeros(total, dtype=torch.long, device=device)
         self.finished = torch.zeros(total, dtype=torch.bool, device=device)
 
-    def take(self, row: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, row: Tensor, logits: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
         """The next token of each of these rows, [R], and whether the row goes on after it, [R] bool.
+
+        logits: [P, V]. place: [R], which of them is each row's.
 
         Raises FloatingPointError when the model's logits are NaN or all infinite, naming the prompt.
         """
         s, column = self.sampling, self.length[row]
-        token, logp = choose(logits, self.uniform[row, column], s.temperature, s.top_p, s.top_k, self.greedy[row])
+        token, logp = choose(logits, place, self.uniform[row, column], s.temperature, s.top_p, s.top_k, self.greedy[row])
         if not bool(torch.isfinite(logp).all()):
             bad = int(row[~torch.isfinite(logp)][0])
             key = self.prompts[int(np.searchsorted(self.first, bad, side="right")) - 1].key
