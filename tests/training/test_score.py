@@ -371,3 +371,26 @@ def test_trajectory_logps_come_back_in_order(tokens: int, layout: Any) -> None:
         assert not logp.requires_grad and len(logp) == len(t.tokens)
         torch.testing.assert_close(logp, from_logits(model, batch)[0].detach(), rtol=0, atol=2e-5)
     assert trajectory_logps(model, []) == []
+
+
+def test_answers_that_begin_alike_are_one_path_and_equal_predictions_are_made_once() -> None:
+    prompt = (1, 2, 3)
+    source = (Source.PROMPT,) * 3 + (Source.POLICY,) * 3
+    answers = [(4, 5, 6), (4, 5, 7), (8, 5, 6), (4, 5, 6)]
+    group = Group(Example("g", "", prompt), tuple(Trajectory((*prompt, *a), source) for a in answers))
+    batch = to_batch([group])
+    lines = score_module.lay_out(batch, "shared")
+    assert lines.tokens.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 5, 6]]
+    assert lines.positions.tolist() == [[0, 1, 2, 3, 4, 5, 5, 3, 4, 5]]
+    assert lines.mask is not None
+    seen = [[column for column in range(10) if lines.mask[0, 0, token, column]] for token in (5, 6, 9)]
+    assert seen == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 6], [0, 1, 2, 7, 8, 9]]
+    assert len(lines.target) == 7, "4 and 8 after the prompt, 5 after each, and 6, 7 and 6"
+    assert len(lines.prediction) == 12
+    model = tiny_model(vocab_size=V)
+    shared, plain = (score(model, batch, watch=True, layout=layout) for layout in ("shared", "plain"))
+    torch.testing.assert_close(shared.logp, plain.logp, rtol=0, atol=1e-12)
+    for name in ("entropy", "correct"):
+        torch.testing.assert_close(shared.channels[name], plain.channels[name], rtol=0, atol=1e-12)
+    weight = torch.linspace(-1, 2, batch.tokens.numel()).reshape(batch.tokens.shape)  # each row has weights of its own
+    assert_same(gradients(model, weight * shared.logp), gradients(model, weight * plain.logp), 1e-12)

@@ -1,10 +1,9 @@
 """`score`: a batch of trajectories to per-token statistics of a model, with gradient.
 
-The only place that knows how sequences are laid out for the model. A prompt shared by the trajectories of a group is
-computed once: the group becomes one line `prompt, response 1, response 2, ...` in which every response sees the prompt and
-itself, at the positions it would have alone. Short groups share a line, and the start that all prompts have in common (a system
-prompt) is computed once per line. The head runs only at positions that predict a trained token, in chunks, in
-at least fp32; logits of prompt tokens never exist.
+The only place that knows how sequences are laid out for the model. Sequences that start alike (the same prompt, the same system
+prompt, answers that begin with the same words) share a line, and what they start with is computed once: a line is a tree of tokens
+in which each sees the path to it, at the position it would have alone. The head runs only at positions that predict a trained
+token, in chunks, in at least fp32; logits of prompt tokens never exist.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -63,7 +63,8 @@ class Lines:
     """How a batch is laid out for the model.
 
     tokens, positions: [N, L]. mask: [N, 1, L, L] bool, who sees whom, or None for plain causal lines.
-    line, place: [M], where the hidden state that predicts each scored token is. row, column: [M], where its log-prob belongs.
+    line, place, target: [P], where the hidden states are that predict trained tokens, and which; equal predictions once.
+    row, column: [M], where each trained token is in the batch. prediction: [M], its index among the P.
     """
 
     tokens: Tensor
@@ -71,8 +72,10 @@ class Lines:
     mask: Tensor | None
     line: Tensor
     place: Tensor
+    target: Tensor
     row: Tensor
     column: Tensor
+    prediction: Tensor
 
 
 def score(
@@ -89,7 +92,7 @@ def score(
     """Log-probs in nats of every trained token of `batch`, [B, T], and the asked channels; 0 where nothing is trained.
 
     watch: also the channels `entropy` (unless asked for) and `correct`, whether the token is the most likely one, both without
-    gradient. temperature: logits are divided by it first (as the sampler does). layout: "shared" computes a common prompt once
+    gradient. temperature: logits are divided by it first (as the sampler does). layout: "shared" computes a common start once
     and needs a model that accepts a custom attention mask; "plain" runs one line per sequence. embed: changes the input
     embeddings, of one line per row whatever the layout. value_head: hidden states [M, D] -> [M]; its result is the channel
     `value`, the state before each token.
@@ -97,14 +100,13 @@ def score(
     # what changes embeddings (noise) is about one row at a time, and must not know what shares its line
     lines = lay_out(batch, layout if embed is None else "plain")
     hidden = _hidden_states(model, lines, batch, embed)[lines.line, lines.place]
-    targets = batch.tokens[lines.row, lines.column]
     asked: dict[str, Channel] = {**(WATCHED if watch else {}), **(channels or {})}
     weight = plain_head(model)
     if weight is not None and weight.dtype == hidden.dtype and not channels:
-        found = token_logp(hidden, weight, targets, temperature)
+        found = token_logp(hidden, weight, lines.target, temperature)
         flat = {"logp": found.logp, **{name: getattr(found, name).to(found.logp.dtype) for name in asked}}
     else:
-        flat = _head(model, hidden, targets, asked, temperature)
+        flat = _head(model, hidden, lines.target, asked, temperature)
     if value_head is not None:
         flat["value"] = value_head(hidden)
     rectangles = {name: _rectangle(values, lines, batch) for name, values in flat.items()}
@@ -142,90 +144,107 @@ def trajectory_logps(
 
 def lay_out(batch: Batch, layout: Layout) -> Lines:
     """Where every token of `batch` goes in the model's input; the rows of a group need not be neighbours."""
-    packed = _packed(batch) if layout == "shared" else [(0, [[r]]) for r in range(len(batch))]
-    parts: list[dict[str, list[Tensor]]] = []
-    line, place, row, column = [], [], [], []
-    for n, (prefix, groups) in enumerate(packed):
-        parts.append({"tokens": [], "positions": [], "group": [], "branch": []})
-        _append(parts[n], batch, groups[0][0], range(prefix), 0, 0)
-        start = prefix
-        for g, rows in enumerate(groups, 1):
-            prompt = int(batch.prompt_length[rows[0]])
-            _append(parts[n], batch, rows[0], range(prefix, prompt), g, 0)
-            own, start = start, start + prompt - prefix
-            for b, r in enumerate(rows, 1):
-                length = int(batch.length[r])
-                _append(parts[n], batch, r, range(prompt, length), g, b)
-                at = torch.nonzero(batch.trained[r]).flatten().cpu()
-                before = (
-                    at - 1
-                )  # the token whose hidden state predicts: in the common start, the group's prompt or the response
-                in_prompt = torch.where(before < prefix, before, own + before - prefix)
-                line.append(torch.full_like(at, n))
-                place.append(torch.where(before < prompt, in_prompt, start + before - prompt))
-                row.append(torch.full_like(at, r))
-                column.append(at)
-                start += length - prompt
-    several = any(len(groups) > 1 or len(groups[0]) > 1 for _, groups in packed)
+    packed = _packed(batch) if layout == "shared" else [[r] for r in range(len(batch))]
+    trees = [_Tree() for _ in packed]
+    predictions: dict[tuple[int, int, int], int] = {}
+    scored: list[tuple[int, int, int]] = []
+    rows, trained = _row_tokens(batch), batch.trained.cpu()
+    for n, members in enumerate(packed):
+        for r in members:
+            path = trees[n].add(rows[r])
+            for column in torch.nonzero(trained[r]).flatten().tolist():
+                key = (n, path[column - 1], rows[r][column])
+                scored.append((r, column, predictions.setdefault(key, len(predictions))))
     padded = {
-        name: torch.nn.utils.rnn.pad_sequence([torch.cat(p[name]) for p in parts], batch_first=True, padding_value=padding)
-        for name, padding in (("tokens", 0), ("positions", 0), ("group", -1), ("branch", -1))
+        name: torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(getattr(tree, name)) for tree in trees], batch_first=True, padding_value=padding
+        )
+        for name, padding in (("tokens", 0), ("positions", 0), ("ends", _NEVER))
     }
-    mask = _tree_mask(padded["group"], padded["branch"]) if several else None
+    mask = _tree_mask(padded["ends"]) if any(len(members) > 1 for members in packed) else None
     device = batch.tokens.device
-    flat = [torch.cat(part).to(device) if part else torch.zeros(0, dtype=torch.long) for part in (line, place, row, column)]
-    return Lines(padded["tokens"].to(device), padded["positions"].to(device), None if mask is None else mask.to(device), *flat)
+    line, place, target = torch.tensor(list(predictions), dtype=torch.long, device=device).reshape(-1, 3).unbind(1)
+    row, column, prediction = torch.tensor(scored, dtype=torch.long, device=device).reshape(-1, 3).unbind(1)
+    return Lines(
+        padded["tokens"].to(device),
+        padded["positions"].to(device),
+        None if mask is None else mask.to(device),
+        *(line, place, target),
+        *(row, column, prediction),
+    )
 
 
-def _append(parts: dict[str, list[Tensor]], batch: Batch, row: int, span: range, group: int, branch: int) -> None:
-    """Add columns `span` of a row to a line, as belonging to a group (0: to all) and a branch of it (0: to all of the group)."""
-    parts["tokens"].append(batch.tokens[row, span.start : span.stop].cpu())
-    parts["positions"].append(torch.arange(span.start, span.stop))
-    parts["group"].append(torch.full((len(span),), group))
-    parts["branch"].append(torch.full((len(span),), branch))
+_NEVER = 2**31
+"""The end of a padding token's subtree: padding comes last, so that it is seen by padding only."""
 
 
-def _packed(batch: Batch) -> list[tuple[int, list[list[int]]]]:
-    """The lines: how many tokens all prompts of a line start with (a system prompt, examples), and the rows of each of its groups.
+class _Tree:
+    """A line: sequences as a tree of tokens, depth first. ends: for each token the column after its subtree, to whose tokens it is
+    visible."""
 
-    Groups stand in the order of their prompts' tokens, so that those which start alike are neighbours, and are cut into lines no
-    longer than a limit unless one group is. Of several limits the one that gives the smallest rectangle is taken.
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.positions: list[int] = []
+        self.ends: list[int] = []
+        self._last: Sequence[int] = ()
+        self._path: list[int] = []
+
+    def add(self, sequence: Sequence[int]) -> list[int]:
+        """Add what the sequence does not have in common with the one before it, and return the column of each of its tokens."""
+        common = common_start(self._last, sequence)
+        first, new = len(self.tokens), len(sequence) - common
+        self.tokens += sequence[common:]
+        self.positions += range(common, len(sequence))
+        self.ends += [0] * new
+        self._path = [*self._path[:common], *range(first, first + new)]
+        self._last = sequence
+        for column in self._path:
+            self.ends[column] = first + new
+        return self._path
+
+
+def _packed(batch: Batch) -> list[list[int]]:
+    """The rows of each line, groups whole and in the order of their tokens, so that those which start alike are neighbours.
+
+    A line is no longer than a limit unless one group is. Of several limits the one that gives the smallest rectangle is taken.
     """
+    rows = _row_tokens(batch)
     members: dict[int, list[int]] = {}
     for r, g in enumerate(batch.group.tolist()):
         members.setdefault(g, []).append(r)
-    prompt, length = batch.prompt_length.tolist(), batch.length.tolist()
-    prompts = {g: batch.tokens[rows[0], : prompt[rows[0]]].tolist() for g, rows in members.items()}
-    responses = {g: sum(length[r] - prompt[r] for r in rows) for g, rows in members.items()}
-    order = sorted(members, key=lambda g: prompts[g])
-    best: list[tuple[int, list[int]]] = []
+    groups = sorted((sorted(held, key=rows.__getitem__) for held in members.values()), key=lambda held: rows[held[0]])
+    alone = [len(rows[held[0]]) + sum(_added(rows[a], rows[b]) for a, b in pairwise(held)) for held in groups]
+    joined = [0, *(common_start(rows[a[-1]], rows[b[0]]) for a, b in pairwise(groups))]
+    best: list[list[int]] = []
     smallest = math.inf
     for limit in (0, *(PACK_TOKENS * part // 8 for part in range(1, 9))):
-        lines: list[tuple[int, list[int]]] = []
-        widest = 0
-        for g in order:
-            held = [*lines[-1][1], g] if lines else [g]
-            start = common_start(prompts[held[0]], prompts[g])
-            width = start + sum(len(prompts[h]) - start + responses[h] for h in held)
-            if lines and width <= limit:
-                lines[-1] = (start, held)
+        lines: list[list[int]] = []
+        widths: list[int] = []
+        for held, own, saved in zip(groups, alone, joined, strict=True):
+            if lines and widths[-1] + own - saved <= limit:
+                lines[-1] = lines[-1] + held
+                widths[-1] += own - saved
             else:
-                lines.append((0, [g]))
-                width = len(prompts[g]) + responses[g]
-            widest = max(widest, width)
-        if len(lines) * widest < smallest:
-            smallest, best = len(lines) * widest, lines
-    return [(start, [members[g] for g in held]) for start, held in best]
+                lines.append(held)
+                widths.append(own)
+        if len(lines) * max(widths, default=0) < smallest:
+            smallest, best = len(lines) * max(widths, default=0), lines
+    return best
 
 
-def _tree_mask(group: Tensor, branch: Tensor) -> Tensor:
-    """[N, 1, L, L] bool: a token sees what came before it in the start that all share (group 0), in its group's prompt (branch 0)
-    and in its own branch; padding is -1."""
-    length = group.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    same_group = group[:, :, None] == group[:, None, :]
-    same_branch = (branch[:, :, None] == branch[:, None, :]) | (branch == 0)[:, None, :]
-    return (((group == 0)[:, None, :] | (same_group & same_branch)) & causal)[:, None]
+def _added(before: Sequence[int], sequence: Sequence[int]) -> int:
+    """How many columns a sequence adds to a line after the one before it."""
+    return len(sequence) - common_start(before, sequence)
+
+
+def _row_tokens(batch: Batch) -> list[list[int]]:
+    return [tokens[:n] for tokens, n in zip(batch.tokens.tolist(), batch.length.tolist(), strict=True)]
+
+
+def _tree_mask(ends: Tensor) -> Tensor:
+    """[N, 1, L, L] bool: a token sees itself and those before it in whose subtrees it is. ends: [N, L]."""
+    column = torch.arange(ends.shape[1])
+    return ((column[None, :] <= column[:, None]) & (column[:, None] < ends[:, None, :]))[:, None]
 
 
 def _hidden_states(model: Any, lines: Lines, batch: Batch, embed: Callable[[Tensor, Batch], Tensor] | None) -> Tensor:
@@ -283,11 +302,14 @@ def choose_layout(model: Any) -> Layout:
 
 
 def _probe(model: Any, first: int) -> Batch:
-    """Three responses to one prompt, the first of which depends on `first`, and one to another prompt that starts alike."""
+    """Three responses to one prompt, the first of which depends on `first`, and one to another prompt that starts alike.
+
+    The first comes first in the order of tokens, whatever it is: nothing but what it says differs between two probes.
+    """
     vocabulary = int(model.config.get_text_config().vocab_size)
     prompt = tuple((7 * i + 3) % vocabulary for i in range(5))
     other = (*prompt[:3], (prompt[3] + 1) % vocabulary, prompt[4])
-    responses = [tuple((11 * (i + 3 * k) + 5) % vocabulary for i in range(3)) for k in (first, 3, 4)]
+    responses = [(n, *((11 * (i + 3 * k) + 5) % vocabulary for i in range(2))) for n, k in enumerate((first, 3, 4))]
     source = (Source.PROMPT,) * 5 + (Source.POLICY,) * 3
     groups = [
         Group(Example("probe", "", start), tuple(Trajectory(start + r, source) for r in answers))
@@ -315,6 +337,6 @@ def _head(
 
 
 def _rectangle(values: Tensor, lines: Lines, batch: Batch) -> Tensor:
-    """[M] values at their places in a [B, T] rectangle of zeros, with gradient."""
+    """[P] values of predictions at the places of all M trained tokens in a [B, T] rectangle of zeros, with gradient."""
     zeros = torch.zeros(batch.tokens.shape, dtype=values.dtype, device=values.device)
-    return zeros.index_put((lines.row, lines.column), values)
+    return zeros.index_put((lines.row, lines.column), values[lines.prediction])
