@@ -15,6 +15,7 @@ import crosstrain
 from crosstrain import run
 from crosstrain.errors import UserError
 from crosstrain.models import load_model
+from crosstrain.rollout import torch_sampler
 from crosstrain.testing import save_tiny_model
 from crosstrain.training import checkpoint
 from crosstrain.training.record import read_lines
@@ -268,6 +269,16 @@ def test_missing_scores_are_a_warning_once(world: Path, tmp_path: Path) -> None:
     assert record(result.folder)["skipped_steps"] == 2
     for name, weight in weights(result.folder / "model").items():
         assert torch.equal(weight, weights(world / "model")[name])
+
+
+def test_a_model_that_cannot_be_sampled_from_with_a_cache_is_a_warning(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_sampler, "_find_path", lambda model: torch_sampler.Found("plain", "it has odd layers", True))
+    crosstrain.train(recipe(world, GRPO), tmp_path / "run")
+    assert any("slow: it has odd layers" in warning for warning in record(tmp_path / "run")["warnings"])
+    crosstrain.train(recipe(world, "sft"), tmp_path / "no sampling")
+    assert not record(tmp_path / "no sampling")["warnings"]
 
 
 def test_the_plan_says_what_would_happen_and_writes_nothing(world: Path, tmp_path: Path) -> None:

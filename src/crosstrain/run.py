@@ -357,6 +357,8 @@ class _Run:
         self.record.setdefault("warnings", [])
         for text in self.loaded.warnings:
             self._warn(text)
+        if reason := getattr(engine.sampler, "path_reason", ""):
+            self._warn(f"sampling runs whole sequences again for every token, which is slow: {reason}")
         write_json(self.folder / "record.json", self.record)
 
     def _warn(self, text: str, *, once: str | None = None) -> None:
