@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import yaml
@@ -17,7 +18,7 @@ from crosstrain.errors import UserError
 from crosstrain.models import load_model
 from crosstrain.rollout import torch_sampler
 from crosstrain.testing import save_tiny_model
-from crosstrain.training import checkpoint
+from crosstrain.training import checkpoint, loop
 from crosstrain.training.record import read_lines
 
 OFF = {"forgetting": False, "divergence": False}
@@ -254,6 +255,39 @@ def test_mistakes_end_before_step_1(world: Path, tmp_path: Path, change: dict[st
     with pytest.raises(UserError, match=message):
         crosstrain.train(wrong, tmp_path / "run")
     assert lines(tmp_path / "run") == []
+
+
+def test_a_gated_method_that_has_no_more_use_for_demonstrations_does_not_train_for_ever(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "IDLE_STEPS", 3)
+    stage = {"method": {"hpt": {"num_generations": 2, "solved_above": -1.0}}, "max_steps": None}
+    endless = recipe(world, stage, budget={"unit": "demonstrations", "amount": 5})
+    with pytest.raises(UserError, match="3 steps of hpt in a row spent no demonstrations, so that the stage may never end"):
+        crosstrain.train(endless, tmp_path / "run")
+    assert len(lines(tmp_path / "run")) == 3
+
+
+def test_rows_and_rewards_may_be_given_as_they_are_in_python(world: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {i}", "completion": f"it is {i}", "answer": str(i)} for i in range(6)]
+    given = crosstrain.train(recipe(world, GRPO, data=rows, rewards=[reward_of_length]), tmp_path / "given").folder
+    dataset = datasets.Dataset.from_list(rows)
+    of_dataset = crosstrain.train(recipe(world, GRPO, data=dataset, rewards=reward_of_length), tmp_path / "dataset").folder
+    named = crosstrain.train(recipe(world, GRPO), tmp_path / "named").folder
+    for one in (given, of_dataset):
+        assert record(one)["data"] == record(named)["data"]
+        assert all(torch.equal(w, weights(named / "model")[name]) for name, w in weights(one / "model").items())
+    with pytest.raises(UserError, match=r"data\.train\.rows:2: column 'prompt' is missing"):
+        crosstrain.train(recipe(world, "sft", data=[rows[0], {"completion": "b"}]), tmp_path / "bad")
+    with pytest.raises(UserError, match=r"data\.train\.rows: there are no rows"):
+        crosstrain.train(recipe(world, "sft", data=[]), tmp_path / "none")
+    with pytest.raises(UserError, match="give a function that stands at the top level of one"):
+        crosstrain.train(recipe(world, GRPO, rewards=[lambda completions, **kwargs: [1.0]]), tmp_path / "lambda")
+
+
+def reward_of_length(completions: list[str], **kwargs: Any) -> list[float]:
+    """As in the world's reward.py."""
+    return [float(len(c)) for c in completions]
 
 
 def test_equal_rewards_are_a_warning(world: Path, tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ def has_local_attention(model: Any) -> bool:
     """Whether some layer sees only a window or chunk of what came before."""
     config = model.config.get_text_config()
     layers = getattr(config, "layer_types", None)
+    if layers is None and "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo
+        return True
     if layers is not None:
         return any(kind != "full_attention" for kind in layers)
     return getattr(config, "sliding_window", None) is not None

@@ -12,7 +12,7 @@ import torch
 
 from crosstrain.config import DataSpec, Recipe, Stage
 from crosstrain.data import Stream, encode, read_rows
-from crosstrain.data.rows import Row, data_hash
+from crosstrain.data.rows import Row, data_hash, rows_in_memory
 from crosstrain.errors import UserError
 from crosstrain.methods import load_method
 from crosstrain.models import has_bf16_instructions, load_model
@@ -73,11 +73,10 @@ def load_frozen_base(recipe: Recipe, device: torch.device) -> Any | None:
 
 
 def rows_of(name: str, spec: DataSpec) -> list[Row]:
-    """The rows of a stream: from its file, or made by its task."""
-    if spec.path is not None:
-        rows = read_rows(spec.path)
+    """The rows of a stream: from its file, given as they are, or made by its task."""
+    if spec.task is None:
+        rows = read_rows(spec.path) if spec.path is not None else rows_in_memory(spec.rows or [], f"data.{name}.rows")
         return rows[: spec.size] if spec.size is not None else rows
-    assert spec.task is not None
     return get_task(spec.task, **spec.task_config).rows(spec.split, spec.size or 1024, spec.seed)
 
 
@@ -126,7 +125,8 @@ def check_data(method: Method, loaded: Loaded) -> None:
     for name in method.plan.streams(method.init()):
         if name not in loaded.streams:
             raise UserError(
-                f"method {method.name} draws from a data stream {name!r}; the recipe has {', '.join(loaded.streams)}"
+                f"method {method.name} draws from a data stream {name!r}; the recipe has {', '.join(loaded.streams)}. A file is "
+                f"given as `data: {{{name}: FILE}}`"
             )
         needs, examples = method.plan.needs_expert, loaded.streams[name].examples
         what = {"demonstration": "a demonstration (`completion`)", "pair": "`chosen` and `rejected`", "label": "`label`"}

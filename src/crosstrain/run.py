@@ -35,6 +35,7 @@ from crosstrain.training.record import (
     cut_lines,
     hardware,
     peak_memory_gb,
+    reset_peak_memory,
     versions,
 )
 from crosstrain.training.switch import Plateau
@@ -84,6 +85,7 @@ class _Run:
         self, recipe: Recipe, folder: Path, record: dict[str, Any], display: Display, base: BaseAnswers | None
     ) -> None:
         self.recipe, self.folder, self.record, self.display, self.base = recipe, folder, record, display, base
+        reset_peak_memory()
         self.device = resolve_device(recipe.device)
         self.methods = [assemble.stage_method(stage) for stage in recipe.stages]
         self.model, self.tokenizer = assemble.load_base(recipe, self.device)

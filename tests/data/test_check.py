@@ -107,6 +107,29 @@ def test_every_bad_row_is_listed(tmp_path: Path, model: str, capsys: pytest.Capt
     assert "(and 1 more bad rows of 3)" in shown.err
 
 
+def test_rows_that_cannot_be_read_and_rows_that_cannot_be_used_are_listed_together(
+    tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, [{"prompt": "a" * 11}, {"promt": "a"}, {"prompt": "a"}, {"prompt": "a" * 12}])
+    assert main(["data", "check", str(file), "--model", model, "--max-prompt-length", "10"]) == 2
+    assert [line.split(" ")[0] for line in capsys.readouterr().out.splitlines()] == [f"{file}:{n}:" for n in (1, 2, 4)]
+
+
+def test_a_single_bad_row_is_told_once(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(tmp_path, [{"promt": "a"}, {"prompt": "a"}])
+    assert main(["data", "check", str(file), "--model", model]) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.count("rows.jsonl:1")) == ("", 1)
+
+
+def test_data_cannot_steer_the_terminal(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = said(write(tmp_path, [{"prompt": "a\x1b[2J", "completion": "b\x07\u200d"}]), model)
+    assert "a\\x1b[2J[[b\\x07\u200d" in shown
+    wrong = write(tmp_path, [{"messages": [{"role": "\x1b[2J", "content": "a"}]}] * 2)
+    assert main(["data", "check", str(wrong), "--model", model]) == 2
+    assert "\x1b" not in "".join(capsys.readouterr())
+
+
 def test_not_utf8(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')

@@ -196,7 +196,7 @@ def test_chunks_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch, chun
     model, batch = tiny_model(vocab_size=V), mixed()
     whole = score(model, batch, channels=CHANNELS, layout=layout)
     expected = gradients(model, whole.logp + 0.1 * whole.channels["entropy"])
-    monkeypatch.setattr(score_module, "HEAD_CHUNK", chunk)
+    monkeypatch.setattr(score_module, "CHUNK", chunk)
     cut = score(model, batch, channels=CHANNELS, layout=layout)
     torch.testing.assert_close(cut.logp, whole.logp, rtol=0, atol=1e-13)
     assert_same(gradients(model, cut.logp + 0.1 * cut.channels["entropy"]), expected, 1e-12)

@@ -169,6 +169,8 @@ def _explain(model: type[BaseModel], data: Any, error: dict[str, Any]) -> str:
     if error["type"] == "value_error":
         return f"{place}{error['ctx']['error']}"
     allowed = error["msg"].replace("Input should be", "must be")
+    if error["type"] == "model_type":
+        allowed = "must be a mapping of keys to values"
     return f"{place}{allowed}, got {_say(error['input'])}"
 
 

@@ -27,6 +27,13 @@ def _named(key: str, value: Any) -> Any:
     return {key: value} if isinstance(value, str) else value
 
 
+def _rows(value: Any) -> list[Any] | None:
+    """The rows, when a value is a list of them or a `datasets.Dataset`."""
+    if isinstance(value, list):
+        return value
+    return value.to_list() if hasattr(value, "to_list") else None  # type: ignore[no-any-return]
+
+
 class LoraSpec(BaseModel):
     """Low-rank adapters trained instead of the full weights (peft's names)."""
 
@@ -51,44 +58,63 @@ class ModelSpec(BaseModel):
 
 
 class DataSpec(BaseModel):
-    """One stream of examples: a file, or a task that makes them. A bare string is a path."""
+    """One stream of examples: a file, a task that makes them, or the rows themselves. A bare string is a path, a list are rows."""
 
     model_config = STRICT
     path: str | None = Field(None, description="JSONL, JSON, CSV, Parquet file or `datasets` folder.")
     task: str | None = Field(None, description="Name of a task, instead of a path.")
+    rows: list[dict[str, Any]] | None = Field(None, description="The rows themselves, instead of a path.")
     task_config: TaskConfig = {}
     split: str = Field("train", description="Split of the task.")
     size: Count | None = Field(None, description="How many examples; all of them (or the task's default) when not given.")
     seed: Seed = 0
     system_prompt: str | None = Field(None, description="System message put before every prompt that has none.")
 
-    _short = model_validator(mode="before")(lambda value: _named("path", value))
+    _short = model_validator(mode="before")(
+        lambda value: {"rows": rows} if (rows := _rows(value)) is not None else _named("path", value)
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if (self.path is None) == (self.task is None):
-            got = "neither" if self.path is None else f"path={self.path!r} and task={self.task!r}"
-            raise ValueError(f"needs exactly one of 'path' and 'task', got {got}")
+        given = [key for key in ("path", "task", "rows") if getattr(self, key) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one of 'path', 'task' and 'rows', got {' and '.join(given) or 'none'}")
         useless = [
             key for key in ("task_config", "split", "seed") if getattr(self, key) != type(self).model_fields[key].default
         ]
-        if self.path is not None and useless:
-            raise ValueError(f"{useless[0]!r} has no effect beside 'path'; remove it or name a 'task'")
+        if self.task is None and useless:
+            raise ValueError(f"{useless[0]!r} has no effect beside {given[0]!r}; remove it or name a 'task'")
         return self
+
+
+def _function_name(value: Any) -> Any:
+    """A function as `file.py:function`: rewards run in processes of their own, which load it from there."""
+    if not callable(value):
+        return value
+    name = getattr(value, "__qualname__", repr(value))
+    file = getattr(getattr(value, "__code__", None), "co_filename", "")
+    if not file.endswith(".py") or not name.isidentifier():
+        raise ValueError(
+            f"got {name} from {file or 'nowhere'}; a reward runs in another process, which loads it from a .py file: "
+            "give a function that stands at the top level of one"
+        )
+    return f"{file}:{name}"
 
 
 class RewardSpec(BaseModel):
     """One reward function and its weight. A bare string is its name."""
 
     model_config = STRICT
-    name: str = Field(description="Built-in reward, `file.py:function`, or `task` (the reward of the data's task).")
+    name: Annotated[str, BeforeValidator(_function_name)] = Field(
+        description="Built-in reward, `file.py:function`, or `task` (the reward of the data's task). In Python, a function."
+    )
     weight: Number = Field(1.0, description="Factor of this score in the weighted sum.")
 
-    _short = model_validator(mode="before")(lambda value: _named("name", value))
+    _short = model_validator(mode="before")(lambda value: {"name": value} if callable(value) else _named("name", value))
 
 
 class RewardsSpec(BaseModel):
-    """How completions are scored. A bare list (or one name) is the list of functions."""
+    """How completions are scored. A bare list (or a single one) is the list of functions."""
 
     model_config = STRICT
     functions: list[RewardSpec] = Field(default_factory=lambda: [RewardSpec(name="task")], min_length=1)
@@ -101,7 +127,7 @@ class RewardsSpec(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:
-        if isinstance(value, str):
+        if isinstance(value, str) or callable(value) or (isinstance(value, Mapping) and "name" in value):
             return {"functions": [value]}
         return {"functions": value} if isinstance(value, list) else value
 
@@ -251,8 +277,9 @@ class EvaluationSpec(BaseModel):
 
 
 def _streams(value: Any) -> Any:
-    """A single data spec (or path) becomes the stream `train`."""
-    single = isinstance(value, str | DataSpec) or (isinstance(value, Mapping) and bool({"path", "task"} & set(value)))
+    """A single data spec (or path, or list of rows) becomes the stream `train`."""
+    single = isinstance(value, str | DataSpec) or _rows(value) is not None
+    single = single or (isinstance(value, Mapping) and bool({"path", "task", "rows"} & set(value)))
     return {"train": value} if single else value
 
 

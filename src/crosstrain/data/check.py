@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -14,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crosstrain.data.chat import encode
-from crosstrain.data.rows import BadRows, Kind, Row, data_hash, read_rows
+from crosstrain.data.rows import BadRows, Kind, Row, data_hash, look_at_rows, usable
 from crosstrain.data.streams import Stream
 from crosstrain.errors import UserError
 from crosstrain.models import load_tokenizer
@@ -57,8 +58,9 @@ def check(file: Path, model: str, *, max_prompt_length: int, max_length: int, co
     try:
         checked = read(file, tokenizer, max_prompt_length=max_prompt_length, max_length=max_length)
     except BadRows as error:
-        for text in error.problems[:PROBLEMS_SHOWN]:
-            console.print(Text(text))
+        shown = error.problems[:PROBLEMS_SHOWN] if len(error.problems) > 1 else ()  # a single one is the error's own message
+        for text in shown:
+            console.print(Text(visible(text)))
         if len(error.problems) > PROBLEMS_SHOWN:
             console.print(f"... and {len(error.problems) - PROBLEMS_SHOWN} more")
         raise
@@ -67,17 +69,26 @@ def check(file: Path, model: str, *, max_prompt_length: int, max_length: int, co
 
 def read(file: Path, tokenizer: Any, *, max_prompt_length: int, max_length: int) -> Checked:
     """The file's rows and their tokens; BadRows with every message when some cannot be used."""
-    rows = read_rows(file)
+    found = look_at_rows(file)
     examples: list[Example] = []
-    problems: list[str] = []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(found):
         try:
-            examples.append(encode(row, tokenizer, id=f"train:{i}", max_prompt_length=max_prompt_length, max_length=max_length))
+            if isinstance(row, Row):
+                examples.append(
+                    encode(row, tokenizer, id=f"train:{i}", max_prompt_length=max_prompt_length, max_length=max_length)
+                )
         except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise BadRows(problems, len(rows))
-    return Checked(rows, examples, max_length)
+            found[i] = error
+    return Checked(usable(found, str(file)), examples, max_length)
+
+
+def visible(text: str) -> str:
+    """Text that cannot steer a terminal: control characters but line ends and tabs as escapes.
+
+    >>> print(visible("a" + chr(27) + "[31mb"))
+    a\\x1b[31mb
+    """
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode() for c in text)
 
 
 def repeated(rows: Sequence[Row]) -> list[Row]:
@@ -151,7 +162,7 @@ def marked(trajectory: Trajectory, tokenizer: Any, *, coloured: bool) -> Text:
     position = 0
     for trained, run in groupby(trajectory.source, key=lambda s: s != Source.PROMPT):
         n = len(list(run))
-        piece = _shortened(tokenizer.decode(list(trajectory.tokens[position : position + n])))
+        piece = visible(_shortened(tokenizer.decode(list(trajectory.tokens[position : position + n]))))
         position += n
         if trained:
             text.append(piece if coloured else f"[[{piece}]]", style="bold green")

@@ -60,27 +60,45 @@ def read_rows(path: str | Path) -> list[Row]:
     Raises UserError (BadRows, with every message) naming file:row for what cannot be used: a missing, empty or unknown file, text
     that is not UTF-8, broken JSON, a missing or empty column, a wrong type, an unknown role, rows of different kinds.
     """
+    return usable(look_at_rows(path), str(path))
+
+
+def look_at_rows(path: str | Path) -> list[Row | UserError]:
+    """Every row of a file, or why it cannot be used. Raises UserError when the file itself cannot."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    problems: list[str] = []
-    rows: list[Row] = []
-    total = 0
-    for where, record in _records(path):
-        total += 1
-        try:
-            rows.append(parse_row(record() if callable(record) else record, where))
-        except UserError as error:
-            problems.append(str(error))
-    if not total:
+    found = list(_parsed(_records(path)))
+    if not found:
         raise UserError(f"{path}: the file has no rows")
+    return found
+
+
+def rows_in_memory(records: Sequence[Any], name: str) -> list[Row]:
+    """The rows that a list of columns by name holds; `where` is `name:row`, counted from 1. Raises UserError as `read_rows`."""
+    if not records:
+        raise UserError(f"{name}: there are no rows")
+    return usable(list(_parsed((f"{name}:{i + 1}", record) for i, record in enumerate(records))), name)
+
+
+def usable(found: Sequence[Row | UserError], name: str) -> list[Row]:
+    """The rows, when all can be used and are of one kind; else BadRows with every message. name: where they come from."""
+    rows, problems = [r for r in found if isinstance(r, Row)], [str(r) for r in found if isinstance(r, UserError)]
     kinds = {row.kind: row.where for row in reversed(rows)}
     if len(kinds) > 1 and not problems:
         shown = "; ".join(f"{kind} from {where}" for kind, where in sorted(kinds.items(), key=lambda item: item[1]))
-        problems.append(f"{path}: rows of different kinds in one file: {shown}. Use one file for each kind")
+        problems.append(f"{name}: rows of different kinds together: {shown}. Use one file for each kind")
     if problems:
-        raise BadRows(problems, total)
+        raise BadRows(problems, len(found))
     return rows
+
+
+def _parsed(records: Iterable[tuple[str, Any]]) -> Iterator[Row | UserError]:
+    for where, record in records:
+        try:
+            yield parse_row(record() if callable(record) else record, where)
+        except UserError as error:
+            yield error
 
 
 def parse_row(record: Any, where: str) -> Row:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -110,7 +112,14 @@ def _message(error: Exception) -> str:
 
 
 def free_memory() -> None:
-    """Let go of the last run's model: it hangs in reference cycles, and a study must not hold two."""
+    """Let go of the last run's model: it hangs in reference cycles, and a study must not hold two.
+
+    What glibc gets back it keeps, in pieces that the next run's tensors do not fit into: unless it hands them to the system, memory
+    grows by 0.2 GB with every run.
+    """
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # musl has none
+        trim(0)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -91,9 +92,19 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def peak_memory_gb() -> float:
-    """The most memory this process has held, in GB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """The most memory this process has held since `reset_peak_memory`, in GB; where that can do nothing, since its start."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        [peak] = [int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)
+
+
+def reset_peak_memory() -> None:
+    """Forget the peak so far, so that a run in a study's process has its own (on Linux; elsewhere nothing happens)."""
+    with contextlib.suppress(OSError):  # not Linux, or a container that keeps /proc read-only
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def _processor() -> str:

@@ -22,7 +22,7 @@ from crosstrain.architecture import has_local_attention
 from crosstrain.head import head_logits, plain_head
 from crosstrain.prefix import common_start
 from crosstrain.training.batching import cut, to_batch
-from crosstrain.training.token_logp import token_logp
+from crosstrain.training.token_logp import CHUNK, token_logp
 from crosstrain.types import Batch, Example, Group, Scores, Source, Trajectory
 
 Layout = Literal["shared", "plain"]
@@ -32,9 +32,6 @@ Channel = Callable[[Tensor, Tensor], Tensor]
 
 PACK_TOKENS = 256
 """Longest line of several groups: attention grows with the square of a line, and what is shared saves less than that."""
-
-HEAD_CHUNK = 512
-"""Positions whose logits exist at once: 512 x 49,152 in fp32 are 100 MB."""
 
 
 def entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -330,8 +327,8 @@ def _head(
         return (logp, *(channel(logits, target) for channel in channels.values()))
 
     pieces = []
-    several = len(hidden) > HEAD_CHUNK and torch.is_grad_enabled()
-    for h, target in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK), strict=True):
+    several = len(hidden) > CHUNK and torch.is_grad_enabled()
+    for h, target in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
         pieces.append(checkpoint(chunk, h, target, use_reentrant=False) if several else chunk(h, target))
     return {name: torch.cat(parts) for name, parts in zip(names, zip(*pieces, strict=True), strict=True)}
 
