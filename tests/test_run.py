@@ -18,7 +18,7 @@ from crosstrain.errors import UserError
 from crosstrain.models import load_model
 from crosstrain.rollout import torch_sampler
 from crosstrain.testing import save_tiny_model
-from crosstrain.training import checkpoint, loop
+from crosstrain.training import checkpoint
 from crosstrain.training.record import read_lines
 
 OFF = {"forgetting": False, "divergence": False}
@@ -260,12 +260,18 @@ def test_mistakes_end_before_step_1(world: Path, tmp_path: Path, change: dict[st
 def test_a_gated_method_that_has_no_more_use_for_demonstrations_does_not_train_for_ever(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "IDLE_STEPS", 3)
-    stage = {"method": {"hpt": {"num_generations": 2, "solved_above": -1.0}}, "max_steps": None}
-    endless = recipe(world, stage, budget={"unit": "demonstrations", "amount": 5})
-    with pytest.raises(UserError, match="3 steps of hpt in a row spent no demonstrations, so that the stage may never end"):
-        crosstrain.train(endless, tmp_path / "run")
-    assert len(lines(tmp_path / "run")) == 3
+    monkeypatch.setattr(run, "IDLE_STEPS", 3)
+    solved = {"hpt": {"num_generations": 2, "solved_above": -1.0}}
+    budget = {"unit": "demonstrations", "amount": 5}
+    endless = crosstrain.train(recipe(world, {"method": solved, "max_steps": None}, budget=budget), tmp_path / "run").folder
+    assert [stage["steps"] for stage in record(endless)["stages"]] == [3]
+    assert "step 3: hpt ends after 3 steps that spent nothing of its budget in a row" in record(endless)["warnings"][-1]
+    ends = crosstrain.train(recipe(world, {"method": solved, "max_steps": 5}, budget=budget), tmp_path / "ends").folder
+    assert [stage["steps"] for stage in record(ends)["stages"]] == [5]
+    spends = recipe(world, {"method": "sft", "max_steps": None}, budget={"unit": "demonstrations", "amount": 12})
+    assert record(crosstrain.train(spends, tmp_path / "spends").folder)["stages"] == [
+        {"method": "sft", "steps": 4, "ended_by": "budget"}
+    ]
 
 
 def test_rows_and_rewards_may_be_given_as_they_are_in_python(world: Path, tmp_path: Path) -> None:
@@ -277,9 +283,10 @@ def test_rows_and_rewards_may_be_given_as_they_are_in_python(world: Path, tmp_pa
     for one in (given, of_dataset):
         assert record(one)["data"] == record(named)["data"]
         assert all(torch.equal(w, weights(named / "model")[name]) for name, w in weights(one / "model").items())
-    with pytest.raises(UserError, match=r"data\.train\.rows:2: column 'prompt' is missing"):
+    assert "it is 3" not in (given / "recipe.json").read_text()
+    with pytest.raises(UserError, match=r"jsonl:2: column 'prompt' is missing"):
         crosstrain.train(recipe(world, "sft", data=[rows[0], {"completion": "b"}]), tmp_path / "bad")
-    with pytest.raises(UserError, match=r"data\.train\.rows: there are no rows"):
+    with pytest.raises(UserError, match=r"jsonl: the file has no rows"):
         crosstrain.train(recipe(world, "sft", data=[]), tmp_path / "none")
     with pytest.raises(UserError, match="give a function that stands at the top level of one"):
         crosstrain.train(recipe(world, GRPO, rewards=[lambda completions, **kwargs: [1.0]]), tmp_path / "lambda")
@@ -312,7 +319,25 @@ def test_a_model_that_cannot_be_sampled_from_with_a_cache_is_a_warning(
     crosstrain.train(recipe(world, GRPO), tmp_path / "run")
     assert any("slow: it has odd layers" in warning for warning in record(tmp_path / "run")["warnings"])
     crosstrain.train(recipe(world, "sft"), tmp_path / "no sampling")
-    assert not record(tmp_path / "no sampling")["warnings"]
+    assert "slow" not in str(record(tmp_path / "no sampling")["warnings"])
+
+
+def test_settings_that_no_stage_uses_are_warnings(world: Path, tmp_path: Path) -> None:
+    rows = str(world / "rows.jsonl")
+    sampling = {"temperature": 0.7, "max_completion_length": 5}
+    wasteful = recipe(world, "sft", data={"train": rows, "more": rows}, sampling=sampling)
+    expected = [
+        "data.more: no stage draws from it",
+        "rewards: no stage samples completions, so nothing is scored with them",
+        "sampling.temperature: no stage samples completions",
+        "sampling.max_completion_length: no stage samples completions",
+    ]
+    assert record(crosstrain.train(wasteful, tmp_path / "run").folder)["warnings"] == expected
+    assert list(run.plan(run.as_recipe(wasteful)).warnings) == expected
+    questions = {**OFF, "in_distribution": [{"name": "sums", "task": "sums", "size": 2}]}
+    asking = recipe(world, "sft", rewards=None, evaluation=questions)
+    assert run.plan(run.as_recipe(asking)).warnings == (), "its questions are answered with as many tokens"
+    assert run.plan(run.as_recipe(recipe(world, "sft", GRPO))).warnings == ()
 
 
 def test_the_plan_says_what_would_happen_and_writes_nothing(world: Path, tmp_path: Path) -> None:
@@ -409,6 +434,21 @@ def test_a_run_whose_data_changed_does_not_go_on(world: Path, tmp_path: Path, mo
 def _stop_at_2(run: Any, line: dict[str, Any]) -> None:
     if line["step"] == 2:
         raise KeyboardInterrupt
+
+
+def test_a_run_that_stops_while_it_is_evaluated_goes_on_there(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = crosstrain.train(recipe(world, "sft", "sft"), tmp_path / "whole").folder
+    evaluate = run._Run._evaluate
+    monkeypatch.setattr(run._Run, "_evaluate", _killed)
+    with pytest.raises(KeyboardInterrupt):
+        crosstrain.train(recipe(world, "sft", "sft"), tmp_path / "run", save_weights=False)
+    monkeypatch.setattr(run._Run, "_evaluate", evaluate)
+    monkeypatch.setattr(run, "train_stage", _killed)  # there is nothing left to train
+    crosstrain.train(recipe(world, "sft", "sft"), tmp_path / "run")
+    assert len(lines(tmp_path / "run")) == 4
+    assert all(torch.equal(w, weights(whole / "model")[name]) for name, w in weights(tmp_path / "run" / "model").items())
 
 
 def test_model_text_with_odd_line_ends_can_be_read_back(tmp_path: Path) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from crosstrain.config import DataSpec, Recipe, Stage
+from crosstrain.config.recipe import SamplingSpec
 from crosstrain.data import Stream, encode, read_rows
-from crosstrain.data.rows import Row, data_hash, rows_in_memory
+from crosstrain.data.rows import Row, data_hash
 from crosstrain.errors import UserError
 from crosstrain.methods import load_method
-from crosstrain.models import has_bf16_instructions, load_model
+from crosstrain.models import has_bf16_instructions, load_model, load_weights
 from crosstrain.rewards import RewardPool, load_reward
 from crosstrain.rollout.sampler import Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
@@ -51,32 +52,39 @@ def computing_dtype(recipe: Recipe, device: torch.device) -> torch.dtype:
 
 def load_base(recipe: Recipe, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """The recipe's model, before any training, and its tokenizer."""
+    return load_model(recipe.model.name, dtype=dtype, device=device, **_loading(recipe))
+
+
+def load_base_weights(recipe: Recipe, device: torch.device, dtype: torch.dtype = torch.float32) -> Any:
+    """The recipe's model, before any training."""
+    return load_weights(recipe.model.name, dtype=dtype, device=device, **_loading(recipe))
+
+
+def _loading(recipe: Recipe) -> dict[str, Any]:
     spec = recipe.model
-    return load_model(
-        spec.name,
-        dtype=dtype,
-        device=device,
-        revision=spec.revision,
-        trust_remote_code=spec.trust_remote_code,
-        attn_implementation=spec.attn_implementation,
-        lora=spec.lora,
-        gradient_checkpointing=recipe.gradient_checkpointing,
-        seed=recipe.seed,
-    )
+    return {
+        "revision": spec.revision,
+        "trust_remote_code": spec.trust_remote_code,
+        "attn_implementation": spec.attn_implementation,
+        "lora": spec.lora,
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "seed": recipe.seed,
+    }
 
 
 def load_frozen_base(recipe: Recipe, device: torch.device) -> Any | None:
     """The untrained model in the computing dtype, to compare with; None for LoRA, whose own weights are it with the adapter off."""
     if recipe.model.lora is not None:
         return None
-    return load_base(recipe, device, computing_dtype(recipe, device))[0].requires_grad_(False)
+    return load_base_weights(recipe, device, computing_dtype(recipe, device)).requires_grad_(False)
 
 
 def rows_of(name: str, spec: DataSpec) -> list[Row]:
-    """The rows of a stream: from its file, given as they are, or made by its task."""
-    if spec.task is None:
-        rows = read_rows(spec.path) if spec.path is not None else rows_in_memory(spec.rows or [], f"data.{name}.rows")
+    """The rows of a stream: from its file, or made by its task."""
+    if spec.path is not None:
+        rows = read_rows(spec.path)
         return rows[: spec.size] if spec.size is not None else rows
+    assert spec.task is not None
     return get_task(spec.task, **spec.task_config).rows(spec.split, spec.size or 1024, spec.seed)
 
 
@@ -145,6 +153,22 @@ def check_rewards(method: Method, rewards: object | None) -> None:
             f"method {method.name} samples completions, and nothing scores them: add `rewards: [file.py:function]` to the "
             "recipe, or take the data from a task"
         )
+
+
+def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
+    """A warning for every setting that none of the recipe's stages has a use for; arms of a study share settings, so no error."""
+    drawn = {name for method in methods for name in method.plan.streams(method.init())}
+    found = [f"data.{name}: no stage draws from it" for name in recipe.data if name not in drawn]
+    if any(method.plan.samples for method in methods):
+        return found
+    if recipe.rewards is not None:
+        found.append("rewards: no stage samples completions, so nothing is scored with them")
+    spec = recipe.evaluation
+    asks = bool(spec.in_distribution or spec.out_of_distribution or (spec.dev and spec.eval_steps))
+    for name, field in SamplingSpec.model_fields.items():
+        if getattr(recipe.sampling, name) != field.default and not (asks and name == "max_completion_length"):
+            found.append(f"sampling.{name}: no stage samples completions")
+    return found
 
 
 def check_reference(recipe: Recipe, method: Method, stage: int) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from crosstrain.errors import UserError
+from crosstrain.errors import UserError, visible
 
 app = typer.Typer(
     name="crosstrain", add_completion=False, pretty_exceptions_enable=False, help="Post-train language models and compare how."
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: str, code: int, args: Sequence[str]) -> int:
     if "--debug" in args:
         traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {visible(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

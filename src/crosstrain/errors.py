@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -11,6 +12,23 @@ class UserError(ValueError):
 
     The command line prints it as one line and exits with code 2.
     """
+
+
+def visible(text: str) -> str:
+    """Text that cannot steer a terminal: control characters but line ends and tabs, and those that turn text around, as escapes.
+
+    >>> print(visible("a" + chr(27) + "[31mb"))
+    a\\x1b[31mb
+    """
+    harmless = (c if c in "\n\t" or not (unicodedata.category(c) == "Cc" or c in _TURNS) else _escaped(c) for c in text)
+    return "".join(harmless)
+
+
+_TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -18,6 +17,7 @@ import torch
 from filelock import FileLock
 from safetensors import SafetensorError
 
+from crosstrain.cache import cache_folder
 from crosstrain.errors import UserError, nearest
 from crosstrain.training.checkpoint import write_folder
 
@@ -31,11 +31,6 @@ BUNDLED = {
 
 CANNOT_LOAD = (OSError, ValueError, ImportError, SafetensorError)
 """What transformers raises for a model that is missing, damaged or of an unknown kind."""
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: `CROSSTRAIN_CACHE`, or `~/.cache/crosstrain`."""
-    return Path(os.environ.get("CROSSTRAIN_CACHE") or Path.home() / ".cache" / "crosstrain")
 
 
 def describe_model(name: str) -> str:
@@ -77,7 +72,35 @@ def load_model(
     gradient_checkpointing: bool = False,
     seed: int = 0,
 ) -> tuple[Any, Any]:
-    """The model, in evaluation mode, and its tokenizer.
+    """The model and its tokenizer; see `load_weights` and `load_tokenizer`."""
+    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
+    model = load_weights(
+        name,
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        attn_implementation=attn_implementation,
+        lora=lora,
+        gradient_checkpointing=gradient_checkpointing,
+        seed=seed,
+    )
+    return model, tokenizer
+
+
+def load_weights(
+    name: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    lora: Any = None,
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+) -> Any:
+    """The model, in evaluation mode.
 
     name: see `resolve_model`. revision: branch, tag or commit of a hub id. trust_remote_code: run Python code that comes with
     the model. attn_implementation: attention code of transformers; None takes its default, and on a processor our own for short
@@ -91,7 +114,6 @@ def load_model(
     place = resolve_model(name)
     common = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     more = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **common, **more)
     except CANNOT_LOAD as error:
@@ -105,7 +127,7 @@ def load_model(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval()
 
 
 def load_tokenizer(name: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -91,7 +91,7 @@ def plan(recipe: Recipe) -> RunPlan:
         precision=precision,
         device=str(device),
         rows=dict(loaded.rows),
-        warnings=loaded.warnings,
+        warnings=(*loaded.warnings, *assemble.unused_settings(recipe, methods)),
         stages=tuple(stages),
         minutes=seconds / 60,
     )

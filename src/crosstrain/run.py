@@ -20,8 +20,10 @@ from crosstrain.config import Recipe, Stage, config_hash, load_recipe, parse
 from crosstrain.data import template_hash
 from crosstrain.errors import UserError, nearest
 from crosstrain.evaluate import BaseAnswers, evaluate_model, measure_dev
+from crosstrain.memory import give_back
 from crosstrain.models import describe_model, resolve_device, save_model
 from crosstrain.planning import RunPlan, plan
+from crosstrain.rewards.child import check_not_in_worker
 from crosstrain.run_folder import RunResult, folder_of, now, open_folder, result_of
 from crosstrain.training import checkpoint
 from crosstrain.training.checkpoint import Checkpoint, write_folder, write_json
@@ -43,6 +45,10 @@ from crosstrain.training.trackers import Log, trackers
 from crosstrain.types import Method
 
 __all__ = ["RunPlan", "RunResult", "as_recipe", "evaluate_base", "plan", "train"]
+
+
+IDLE_STEPS = 100
+"""Steps without progress after which a stage is taken for endless: a gated method may have no more use for demonstrations."""
 
 
 def as_recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -67,6 +73,7 @@ def train(
     base: the untrained model's answers, for divergences (made here when the evaluation needs them and none are given).
     save_weights: leave the trained model as a Hugging Face folder `model/`.
     """
+    check_not_in_worker()
     recipe = as_recipe(recipe)
     folder = folder_of(recipe, output_dir)
     record = open_folder(recipe, folder)
@@ -121,6 +128,8 @@ class _Run:
                 self.display.finish()
         if self.best:
             self.optimizer.set_weights(load_file(self.folder / "best" / "weights.safetensors"))
+        self.optimizer.end()
+        give_back()
         if save_weights:  # before the evaluation, whose failure must not lose it
             save_model(self.model, self.tokenizer, self.folder / "model")
         evaluation = self._evaluate()
@@ -144,6 +153,7 @@ class _Run:
         engine = replace(engine, reference=reference)
         why = "max_steps" if settings.max_steps else "budget"
         lines: list[dict[str, Any]] = []
+        spent, since = stage_progress(settings, self.progress), self.progress.step
         for step in train_stage(engine, method, settings, self.optimizer, self.progress):
             line = {"step": self.progress.step, "stage": self.progress.stage, "method": method.name, **step.metrics}
             line["epoch"] = self._epoch()
@@ -160,6 +170,12 @@ class _Run:
             self._look_at_rewards(line)
             if stage.until is not None and self._look(stage, line):
                 why = f"plateau of {stage.until.metric}"
+                break
+            if stage_progress(settings, self.progress) > spent:
+                spent, since = stage_progress(settings, self.progress), self.progress.step
+            elif settings.max_steps is None and stage.until is None and self.progress.step - since == IDLE_STEPS:
+                why = f"{IDLE_STEPS} steps that spent nothing of its budget"
+                self._warn(f"step {self.progress.step}: {method.name} ends after {why} in a row; count it in another unit")
                 break
             if self.progress.step % self.recipe.save.save_steps == 0:
                 self._save()
@@ -180,7 +196,7 @@ class _Run:
         """A stage's boundary: which weights, moments and schedule it starts with, and what it remembers."""
         first = self.progress.stage == 0
         if stage.init_from == "base" and not first:
-            fresh, _ = assemble.load_base(self.recipe, self.device)
+            fresh = assemble.load_base_weights(self.recipe, self.device)
             weights = {n: p.detach() for n, p in fresh.named_parameters() if n in self.optimizer.masters}
             self.optimizer.set_weights(weights)
         if stage.init_from == "best":
@@ -299,7 +315,8 @@ class _Run:
             "recipe_hash": config_hash(self.recipe),
         }
         where = self.folder / "checkpoints"
-        found = Checkpoint(self.optimizer.weights(), self.optimizer.moments(), state)
+        trained = self.progress.stage == len(self.recipe.stages)  # what is left is to evaluate, which takes no moments
+        found = Checkpoint(self.optimizer.weights(), {} if trained else self.optimizer.moments(), state)
         limit = self.recipe.save.save_total_limit
         checkpoint.save(where, self.progress.step, found, stage=self.progress.stage, keep=limit)
 
@@ -357,7 +374,7 @@ class _Run:
         self.record |= setup
         self.record.setdefault("started_at", now())
         self.record.setdefault("warnings", [])
-        for text in self.loaded.warnings:
+        for text in (*self.loaded.warnings, *assemble.unused_settings(self.recipe, self.methods)):
             self._warn(text)
         if reason := getattr(engine.sampler, "path_reason", ""):
             self._warn(f"sampling runs whole sequences again for every token, which is slow: {reason}")

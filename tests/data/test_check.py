@@ -125,9 +125,13 @@ def test_a_single_bad_row_is_told_once(tmp_path: Path, model: str, capsys: pytes
 def test_data_cannot_steer_the_terminal(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown = said(write(tmp_path, [{"prompt": "a\x1b[2J", "completion": "b\x07\u200d"}]), model)
     assert "a\\x1b[2J[[b\\x07\u200d" in shown
-    wrong = write(tmp_path, [{"messages": [{"role": "\x1b[2J", "content": "a"}]}] * 2)
-    assert main(["data", "check", str(wrong), "--model", model]) == 2
-    assert "\x1b" not in "".join(capsys.readouterr())
+    assert "\\x1b[2J, [/x]" in said(write(tmp_path, [{"prompt": "a", "\x1b[2J": 1, "[/x]": 1}]), model)
+    for rows in (1, 2):
+        wrong = write(tmp_path, [{"\x1b[2J": "a"}] * rows)
+        assert main(["data", "check", str(wrong), "--model", model]) == 2
+        shown = "".join(capsys.readouterr())
+        assert "\\x1b[2J" in shown
+        assert "\x1b" not in shown
 
 
 def test_not_utf8(tmp_path: Path, model: str, capsys: pytest.CaptureFixture[str]) -> None:

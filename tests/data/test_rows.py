@@ -107,7 +107,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "not UTF-8": (b'{"prompt": "a"}\n{"prompt": "\xff"}\n', ":2: not UTF-8 (byte 13); save the file as UTF-8"),
     "empty file": (b"", ": the file has no rows"),
     "blank file": (b"\n \n", ": the file has no rows"),
-    "mixed kinds": (b'{"prompt": "a"}\n{"prompt": "a", "completion": "b"}\n', ": rows of different kinds together"),
+    "mixed kinds": (b'{"prompt": "a"}\n{"prompt": "a", "completion": "b"}\n', ": rows of different kinds in one file"),
 }
 
 

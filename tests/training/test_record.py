@@ -12,9 +12,7 @@ from crosstrain.training.record import peak_memory_gb, reset_peak_memory
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="only Linux can forget a process's peak")
 def test_the_peak_is_that_since_it_was_reset() -> None:
-    before = peak_memory_gb()
     held = torch.ones(2**27)  # 0.5 GB
-    assert peak_memory_gb() >= before
     del held
     high = peak_memory_gb()
     reset_peak_memory()

@@ -6,10 +6,14 @@ setting. Unknown keys are errors, and so is a setting that could have no effect.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from crosstrain.cache import keep_rows
 
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
@@ -27,11 +31,14 @@ def _named(key: str, value: Any) -> Any:
     return {key: value} if isinstance(value, str) else value
 
 
-def _rows(value: Any) -> list[Any] | None:
-    """The rows, when a value is a list of them or a `datasets.Dataset`."""
-    if isinstance(value, list):
+def _rows(value: Any) -> Any:
+    """A list of rows or a `datasets.Dataset` as the path of a file that holds them; any other value as it is."""
+    rows = value.to_list() if hasattr(value, "to_list") else value
+    if not isinstance(rows, list):
         return value
-    return value.to_list() if hasattr(value, "to_list") else None  # type: ignore[no-any-return]
+    if names := [row for row in rows if isinstance(row, str)]:
+        raise ValueError(f"got the list {names!r:.80}; a stream is one file each: {{train: FILE, other: FILE}}")
+    return str(keep_rows(rows))
 
 
 class LoraSpec(BaseModel):
@@ -58,32 +65,29 @@ class ModelSpec(BaseModel):
 
 
 class DataSpec(BaseModel):
-    """One stream of examples: a file, a task that makes them, or the rows themselves. A bare string is a path, a list are rows."""
+    """One stream of examples: a file, or a task that makes them. A bare string is a path; in Python, rows may be given."""
 
     model_config = STRICT
     path: str | None = Field(None, description="JSONL, JSON, CSV, Parquet file or `datasets` folder.")
     task: str | None = Field(None, description="Name of a task, instead of a path.")
-    rows: list[dict[str, Any]] | None = Field(None, description="The rows themselves, instead of a path.")
     task_config: TaskConfig = {}
     split: str = Field("train", description="Split of the task.")
     size: Count | None = Field(None, description="How many examples; all of them (or the task's default) when not given.")
     seed: Seed = 0
     system_prompt: str | None = Field(None, description="System message put before every prompt that has none.")
 
-    _short = model_validator(mode="before")(
-        lambda value: {"rows": rows} if (rows := _rows(value)) is not None else _named("path", value)
-    )
+    _short = model_validator(mode="before")(lambda value: _named("path", _rows(value)))
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        given = [key for key in ("path", "task", "rows") if getattr(self, key) is not None]
-        if len(given) != 1:
-            raise ValueError(f"needs exactly one of 'path', 'task' and 'rows', got {' and '.join(given) or 'none'}")
+        if (self.path is None) == (self.task is None):
+            got = "neither" if self.path is None else f"path={self.path!r} and task={self.task!r}"
+            raise ValueError(f"needs exactly one of 'path' and 'task', got {got}")
         useless = [
             key for key in ("task_config", "split", "seed") if getattr(self, key) != type(self).model_fields[key].default
         ]
-        if self.task is None and useless:
-            raise ValueError(f"{useless[0]!r} has no effect beside {given[0]!r}; remove it or name a 'task'")
+        if self.path is not None and useless:
+            raise ValueError(f"{useless[0]!r} has no effect beside 'path'; remove it or name a 'task'")
         return self
 
 
@@ -91,14 +95,15 @@ def _function_name(value: Any) -> Any:
     """A function as `file.py:function`: rewards run in processes of their own, which load it from there."""
     if not callable(value):
         return value
-    name = getattr(value, "__qualname__", repr(value))
-    file = getattr(getattr(value, "__code__", None), "co_filename", "")
-    if not file.endswith(".py") or not name.isidentifier():
+    function = inspect.unwrap(value)
+    name = getattr(function, "__qualname__", repr(function))
+    file = getattr(getattr(function, "__code__", None), "co_filename", "")
+    if not (file.endswith(".py") and Path(file).is_file() and name.isidentifier()):
         raise ValueError(
             f"got {name} from {file or 'nowhere'}; a reward runs in another process, which loads it from a .py file: "
             "give a function that stands at the top level of one"
         )
-    return f"{file}:{name}"
+    return f"{Path(file).resolve()}:{name}"
 
 
 class RewardSpec(BaseModel):
@@ -277,9 +282,9 @@ class EvaluationSpec(BaseModel):
 
 
 def _streams(value: Any) -> Any:
-    """A single data spec (or path, or list of rows) becomes the stream `train`."""
-    single = isinstance(value, str | DataSpec) or _rows(value) is not None
-    single = single or (isinstance(value, Mapping) and bool({"path", "task", "rows"} & set(value)))
+    """A single data spec (or path, or rows) becomes the stream `train`."""
+    value = _rows(value)
+    single = isinstance(value, str | DataSpec) or (isinstance(value, Mapping) and bool({"path", "task"} & set(value)))
     return {"train": value} if single else value
 
 

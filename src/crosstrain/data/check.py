@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,7 +16,7 @@ from rich.text import Text
 from crosstrain.data.chat import encode
 from crosstrain.data.rows import BadRows, Kind, Row, data_hash, look_at_rows, usable
 from crosstrain.data.streams import Stream
-from crosstrain.errors import UserError
+from crosstrain.errors import UserError, visible
 from crosstrain.models import load_tokenizer
 from crosstrain.types import Example, Source, Trajectory
 
@@ -82,15 +81,6 @@ def read(file: Path, tokenizer: Any, *, max_prompt_length: int, max_length: int)
     return Checked(usable(found, str(file)), examples, max_length)
 
 
-def visible(text: str) -> str:
-    """Text that cannot steer a terminal: control characters but line ends and tabs as escapes.
-
-    >>> print(visible("a" + chr(27) + "[31mb"))
-    a\\x1b[31mb
-    """
-    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else c.encode("unicode_escape").decode() for c in text)
-
-
 def repeated(rows: Sequence[Row]) -> list[Row]:
     """The rows whose content an earlier row already had."""
     seen: set[str] = set()
@@ -109,7 +99,7 @@ def _print(checked: Checked, file: Path, tokenizer: Any, console: Console) -> No
     console.print(f"{file}: {len(rows):,} rows, {'chat' if chat else 'plain text'}")
     console.print(f"type: {KINDS[rows[0].kind]}")
     columns = sorted({name for row in rows for name in row.columns})
-    console.print(f"columns for the reward: {', '.join(columns) or 'none'}")
+    console.print(Text(visible(f"columns for the reward: {', '.join(columns) or 'none'}")))
     console.print(_lengths(checked.examples))
     cut = [e.where for e in checked.examples for t in e.expert if not t.finished]
     if answers:

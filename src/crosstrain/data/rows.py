@@ -68,17 +68,15 @@ def look_at_rows(path: str | Path) -> list[Row | UserError]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    found = list(_parsed(_records(path)))
+    found: list[Row | UserError] = []
+    for where, record in _records(path):
+        try:
+            found.append(parse_row(record() if callable(record) else record, where))
+        except UserError as error:
+            found.append(error)
     if not found:
         raise UserError(f"{path}: the file has no rows")
     return found
-
-
-def rows_in_memory(records: Sequence[Any], name: str) -> list[Row]:
-    """The rows that a list of columns by name holds; `where` is `name:row`, counted from 1. Raises UserError as `read_rows`."""
-    if not records:
-        raise UserError(f"{name}: there are no rows")
-    return usable(list(_parsed((f"{name}:{i + 1}", record) for i, record in enumerate(records))), name)
 
 
 def usable(found: Sequence[Row | UserError], name: str) -> list[Row]:
@@ -87,18 +85,10 @@ def usable(found: Sequence[Row | UserError], name: str) -> list[Row]:
     kinds = {row.kind: row.where for row in reversed(rows)}
     if len(kinds) > 1 and not problems:
         shown = "; ".join(f"{kind} from {where}" for kind, where in sorted(kinds.items(), key=lambda item: item[1]))
-        problems.append(f"{name}: rows of different kinds together: {shown}. Use one file for each kind")
+        problems.append(f"{name}: rows of different kinds in one file: {shown}. Use one file for each kind")
     if problems:
         raise BadRows(problems, len(found))
     return rows
-
-
-def _parsed(records: Iterable[tuple[str, Any]]) -> Iterator[Row | UserError]:
-    for where, record in records:
-        try:
-            yield parse_row(record() if callable(record) else record, where)
-        except UserError as error:
-            yield error
 
 
 def parse_row(record: Any, where: str) -> Row:

@@ -17,6 +17,7 @@ from crosstrain.evaluate.divergence import BaseAnswers
 from crosstrain.evaluate.forgetting import prose_results, question_results
 from crosstrain.evaluate.questions import Answers, QuestionSet, ask, load_set, sample_records, set_metrics, set_result
 from crosstrain.evaluate.suite import SUITE_VERSION, passages, questions
+from crosstrain.memory import give_back
 from crosstrain.rollout.sampler import Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
 from crosstrain.training.score import Layout, choose_layout
@@ -193,4 +194,5 @@ class _Clock:
             self.progress(name)
         started = time.perf_counter()
         yield
+        give_back()  # parts differ in the sizes of their tensors, so that one cannot use what another has left
         self.seconds[name] = round(time.perf_counter() - started, 3)

@@ -15,6 +15,18 @@ from typing import Any
 from crosstrain.errors import UserError
 from crosstrain.rewards.load import Reward
 
+IN_WORKER = "CROSSTRAIN_REWARD_WORKER"
+"""Set in the environment of processes that run rewards."""
+
+
+def check_not_in_worker() -> None:
+    """UserError in a process that runs rewards: a script that trains where it is loaded would start itself again and again."""
+    if IN_WORKER in os.environ:
+        raise UserError(
+            "the file of this reward trains when it is loaded, and a reward is loaded in a process of its own; put what starts the "
+            'training under `if __name__ == "__main__":`, or the reward into another file'
+        )
+
 
 class ChildTimeout(Exception):
     """A call took longer than its limit; the child was killed."""
@@ -36,7 +48,7 @@ class Child:
             "memory": None if memory_gb is None else int(memory_gb * 2**30),
         }
         # one thread each, so that several do not fight over the processor, and set order that does not change between runs
-        environment = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"} | dict(os.environ)
+        environment = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"} | dict(os.environ) | {IN_WORKER: "1"}
         self._process = subprocess.Popen(
             # -P: the working folder does not come before Python's own modules
             [sys.executable, "-P", "-m", "crosstrain.rewards.worker"],

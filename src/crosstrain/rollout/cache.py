@@ -59,16 +59,17 @@ class PreallocatedCache:
         return self.real[:, : self.length + columns]
 
     def fork(self, source: Tensor) -> None:
-        """Add rows that are copies of the rows `source`, [n], in memory that `merge` has kept for them."""
-        if not len(source):
-            return
+        """Add rows that are copies of the rows `source`, [n], in memory that `merge` has kept for them: its `most` in all."""
         new = slice(self.rows, self.rows + len(source))
         self.real = torch.cat([self.real, self.real[source]])
         for tensor in (*self.keys, *self.values):
             tensor[new, :, : self.length] = tensor[:, :, : self.length].index_select(0, source)
 
     def close_gaps(self) -> None:
-        """Move the unused columns of every row to its left; positions are in the keys, so that their order is free."""
+        """Move the unused columns of every row to its left; positions are in the keys, so that their order is free.
+
+        Only before rows are added: there must be memory for those in use alone.
+        """
         order = self.real.int().argsort(dim=1, stable=True)
         self.real = self.real.gather(1, order)
         for tensors in (self.keys, self.values):

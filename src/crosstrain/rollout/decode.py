@@ -1,6 +1,11 @@
 """The decoding loops: with keys and values kept, or without.
 
-Completions of a prompt that are still the same text are one line of the batch, computed once; a line forks where they part.
+A row is a completion; a line of the batch is a text, of one or more rows that are still the same, and is computed once. Where the
+rows of a line draw different tokens, the first text goes on in the line and the others in copies of it:
+
+    rows 0 1 2 on line 0 draw 7 9 7, row 3 on line 1 draws 7   ->   rows 0 2 on line 0, row 3 on line 1, row 1 on the new line 2
+
+Only rows that were asked for together share lines (see `Ask`).
 """
 
 from __future__ import annotations
@@ -62,6 +67,7 @@ class _Batch:
     """Lines that decode together, and the rows (completions) on them.
 
     token, position: [L], what each line feeds next. row: [R] ids in `Rows` of the rows that run. line: [R], where each is, rising.
+    started: how many rows ran when the batch was put together.
     """
 
     cache: PreallocatedCache
@@ -69,6 +75,7 @@ class _Batch:
     position: Tensor
     row: Tensor
     line: Tensor
+    started: int
 
 
 @dataclass(frozen=True)
@@ -83,37 +90,60 @@ class _Part:
     line: Tensor
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """What became of rows with their next token.
+
+    row: [R], those that go on. text: [R], rising, which of the T different texts each of them is now. source: [T], rising, the line
+    that a text comes from. token: [T], what it says next.
+    """
+
+    row: Tensor
+    text: Tensor
+    source: Tensor
+    token: Tensor
+
+
 def cached(policy: Policy, asks: Sequence[Ask], rows: Rows, token_budget: int) -> None:
     """Prefill each prompt once, share its keys and values among its rows, and replace those that finish by waiting ones."""
     waiting = deque(sorted(asks, key=lambda a: -len(a.tokens)))  # the longest first: those after it fit into its columns
     batch: _Batch | None = None
     while batch is not None or waiting:
-        if batch is None or len(batch.line.unique()) < COMPACT_BELOW * batch.cache.rows:
+        if batch is None or _is_worn(batch, waiting):
             batch = _refill(policy, batch, waiting, rows, token_budget)
         if batch is not None:
             _step(policy, batch, rows)
 
 
+def _is_worn(batch: _Batch, waiting: deque[Ask]) -> bool:
+    """Whether too many lines idle, or so many rows have finished that waiting ones should come in."""
+    lines = len(torch.unique_consecutive(batch.line))
+    return lines < COMPACT_BELOW * batch.cache.rows or (bool(waiting) and len(batch.row) < COMPACT_BELOW * batch.started)
+
+
 def _step(policy: Policy, batch: _Batch, rows: Rows) -> None:
     """One more token for every row that runs; lines without any idle until they are dropped."""
     hidden = _forward(policy, batch.token[:, None], batch.position[:, None], batch.cache)
-    row, source, token, which = _draw(policy, hidden, batch.line, batch.row, rows)
-    stays = torch.ones_like(source, dtype=torch.bool)
-    stays[1:] = source[1:] != source[:-1]  # one text goes on in the line of all, the others in a copy of it
-    line = torch.where(stays, source, batch.cache.rows - 1 + (~stays).cumsum(0))
-    batch.cache.fork(source[~stays])
-    batch.position = torch.cat([batch.position, batch.position[source[~stays]]])
+    drawn = _draw(policy, hidden, batch.line, batch.row, rows)
+    parts = torch.zeros_like(drawn.source, dtype=torch.bool)
+    parts[1:] = drawn.source[1:] == drawn.source[:-1]  # the first text of a line goes on in it, the others behind the last line
+    line = torch.where(parts, batch.cache.rows - 1 + parts.cumsum(0), drawn.source)
+    parted = torch.nonzero(parts).flatten()
+    if len(parted):
+        copied = drawn.source[parted]
+        batch.cache.fork(copied)
+        batch.position = torch.cat([batch.position, batch.position[copied]])
+        batch.token = torch.cat([batch.token, drawn.token[parted]])
     batch.position[line] += 1
-    batch.token = torch.cat([batch.token, token[~stays]])
-    batch.token[line] = token
-    batch.line, order = line[which].sort(stable=True)
-    batch.row = row[order]
+    batch.token[line] = drawn.token
+    batch.line, order = line[drawn.text].sort(stable=True)
+    batch.row = drawn.row[order]
 
 
 def _refill(policy: Policy, batch: _Batch | None, waiting: deque[Ask], rows: Rows, token_budget: int) -> _Batch | None:
     """The rows that still run and as many waiting ones as the budget has room for; None when no row goes on.
 
-    There is room for each row to get a line of its own.
+    The cache has room for as many lines as rows, which is enough: each line was made for a row that no other line was made for.
     """
     parts = [] if batch is None else [_running(batch)]
     held = sum(len(p.row) for p in parts)
@@ -131,6 +161,7 @@ def _refill(policy: Policy, batch: _Batch | None, waiting: deque[Ask], rows: Row
         position=torch.cat([p.position for p in parts]),
         row=row,
         line=torch.cat([p.line + first for p, first in zip(parts, lines, strict=False)]),
+        started=len(row),
     )
 
 
@@ -211,12 +242,12 @@ def _prefill(policy: Policy, asks: Sequence[Ask], rows: Rows) -> _Part:
         cache.close_gaps()  # the unused columns between the start and the rest of shorter prompts
     owner = torch.repeat_interleave(torch.tensor([a.n for a in asks], device=policy.device))
     row = torch.cat([torch.arange(a.first, a.first + a.n, device=policy.device) for a in asks])
-    row, source, token, line = _draw(policy, hidden, owner, row, rows)
-    return _Part(cache, source, token, length[source], row, line)
+    drawn = _draw(policy, hidden, owner, row, rows)
+    return _Part(cache, drawn.source, drawn.token, length[drawn.source], drawn.row, drawn.text)
 
 
 def _forward(policy: Policy, tokens: Tensor, positions: Tensor, cache: PreallocatedCache) -> Tensor:
-    """The hidden state of each row's last column, [R, D]. The model builds the mask, windows of local layers included."""
+    """The hidden state of each line's last column, [L, D]. The model builds the mask, windows of local layers included."""
     mask = cache.mask(tokens.shape[1])
     states = policy.decoder(
         input_ids=tokens, position_ids=positions, attention_mask=mask.long(), past_key_values=cache, use_cache=True
@@ -225,11 +256,10 @@ def _forward(policy: Policy, tokens: Tensor, positions: Tensor, cache: Prealloca
     return states[:, -1]  # type: ignore[no-any-return]
 
 
-def _draw(policy: Policy, hidden: Tensor, owner: Tensor, row: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw the next token of each row from the hidden states [P, D] of their owners: the rows that go on, and their texts.
+def _draw(policy: Policy, hidden: Tensor, owner: Tensor, row: Tensor, rows: Rows) -> _Drawn:
+    """Draw the next token of each row from the hidden state of its line or prompt, its owner.
 
-    owner: [R], rising. Rows of one owner share its logits. Returns the rows, sorted by text, [R']; the owner [L] and the new token
-    [L] of each text, sorted by owner; and the text of each row, [R'], rising.
+    hidden: [L, D]. owner, row: [R], owners rising. Rows of one owner share its logits.
     """
     owners, place = torch.unique_consecutive(owner, return_inverse=True)
     pieces = []
@@ -238,10 +268,10 @@ def _draw(policy: Policy, hidden: Tensor, owner: Tensor, row: Tensor, rows: Rows
         logits = head_logits(policy.model, hidden[owners[first : first + HEAD_ROWS]], policy.parameters)
         pieces.append(rows.take(some, logits, own - first))
     token, live = (torch.cat(found) for found in zip(*pieces, strict=True))
-    size = int(token.max()) + 1
-    text, which = torch.unique(owner[live] * size + token[live], return_inverse=True)
-    which, order = which.sort(stable=True)
-    return row[live][order], text // size, text % size, which
+    live, size = torch.nonzero(live).flatten(), logits.shape[1]
+    pair, text = torch.unique(owner[live] * size + token[live], return_inverse=True)
+    text, order = text.sort(stable=True)
+    return _Drawn(row=row[live[order]], text=text, source=pair // size, token=pair % size)
 
 
 def _row_counts(place: Tensor) -> list[int]:

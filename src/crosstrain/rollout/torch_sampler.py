@@ -33,7 +33,7 @@ class Found:
 class TorchSampler:
     """Completes prompts with a model held in this process.
 
-    A prompt is prefilled once and its keys and values are copied to each of its completions; rows that finish are replaced by
+    A prompt is prefilled once, completions that are still the same text are computed once, and those that finish are replaced by
     waiting ones. Log-probs are those of the full distribution, in fp32. A completion's random numbers depend on (seed, step,
     key, sample, position) only; floating point may still differ with the batch, in bf16 enough to change a token now and then.
 

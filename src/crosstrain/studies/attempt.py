@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 from crosstrain.config import Recipe
 from crosstrain.errors import UserError
@@ -46,9 +41,10 @@ class Actions:
 def real_actions() -> Actions:
     """The functions that do the work; imported here because they load the training stack and the plots."""
     from crosstrain import run
+    from crosstrain.memory import give_back
     from crosstrain.studies.report import write_report
 
-    return Actions(run.plan, run.train, run.evaluate_base, write_report, free_memory)
+    return Actions(run.plan, run.train, run.evaluate_base, write_report, give_back)
 
 
 @dataclass(frozen=True)
@@ -109,17 +105,3 @@ def _forget_failure(folder: Path) -> None:
 def _message(error: Exception) -> str:
     text = " ".join(str(error).split()) or "no message"
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-
-
-def free_memory() -> None:
-    """Let go of the last run's model: it hangs in reference cycles, and a study must not hold two.
-
-    What glibc gets back it keeps, in pieces that the next run's tensors do not fit into: unless it hands them to the system, memory
-    grows by 0.2 GB with every run.
-    """
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:  # musl has none
-        trim(0)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

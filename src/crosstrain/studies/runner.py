@@ -13,6 +13,7 @@ from rich.console import Console
 from crosstrain.config import StudySpec, config_hash
 from crosstrain.errors import UserError
 from crosstrain.models import resolve_device
+from crosstrain.rewards.child import check_not_in_worker
 from crosstrain.studies import tune as tuning
 from crosstrain.studies.attempt import Actions, attempt, real_actions
 from crosstrain.studies.budget import budget_check, budget_warnings, check_can_be_equal
@@ -59,6 +60,7 @@ def run_study(
     Raises UserError when the folder holds another study or is in use, or when a setting is wrong; RuntimeError when every
     run of the first seed failed.
     """
+    check_not_in_worker()
     spec = checked(spec, quick=quick, tune=tune)
     identity = {
         "spec": spec.model_dump(mode="json"),

@@ -99,7 +99,8 @@ def cut(batch: Batch, tokens: int, unit: str, *, shared: bool = True) -> list[Te
     """Row indices of micro-batches: whole groups, longest first, padded size at most `tokens` (but at least one unit each).
 
     unit: "group" never splits a group; "sequence" and "token" split one that is larger than `tokens` by itself.
-    shared: a group's prompt is computed once (one line per group), else one line per sequence.
+    shared: a group is one line, of its prompt and all its answers (at most: what answers start with alike counts for each, and is
+    computed once), else a line is one sequence.
     """
     units = [u for g in torch.unique(batch.group).tolist() for u in _units(batch, g, tokens, unit, shared)]
     units.sort(key=lambda u: (-_line_length(batch, u, shared), u[0]))

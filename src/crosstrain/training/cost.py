@@ -13,7 +13,8 @@ class Cost:
     """Spent so far.
 
     processed_tokens: tokens that went through the model in training: prompts, prefill, generation, reference and old passes,
-        forward and backward, every pass counted; a prompt that the rows of a group share counts once per pass.
+        forward and backward, every pass counted; a prompt that the rows of a group share counts once per pass. What answers start
+        with alike counts for each, though it may be computed once: a budget does not depend on how alike they are.
     generated_tokens: sampled tokens. demonstrations: expert trajectories trained on, every use counted.
     flops: 6 N per token through forward and backward, 2 N per token through forward only, N the model's parameters.
     seconds: wall-clock time of training, sampling and grading.

@@ -37,10 +37,6 @@ class NonFinite(RuntimeError):
     """A loss or gradient was NaN or infinite; the message names the step, the term and the examples."""
 
 
-IDLE_STEPS = 100
-"""Steps without any progress after which a stage is taken for endless: a gated method may have no more use for demonstrations."""
-
-
 @dataclass(frozen=True)
 class StageSettings:
     """One stage's numbers, as the recipe has them."""
@@ -119,9 +115,7 @@ def train_stage(
     """
     _check_ends(method, settings)
     _check_probes(method)
-    idle = 0
     while stage_progress(settings, progress) < 1.0:
-        before = stage_progress(settings, progress)
         started = time.perf_counter()
         torch.manual_seed(_step_seed(engine.seed, progress.step))  # dropout depends on (seed, step), not on history
         engine.model.eval()
@@ -169,12 +163,6 @@ def train_stage(
         progress.step += 1
         progress.stage_step += 1
         yield Step({**metrics, "skipped_steps": float(progress.skipped), **progress.cost.as_metrics()}, collected.groups)
-        idle = 0 if stage_progress(settings, progress) > before else idle + 1
-        if idle == IDLE_STEPS:
-            raise UserError(
-                f"budget.unit: {idle} steps of {method.name} in a row spent no {settings.budget_unit}, so that the stage may never "
-                "end; use processed_tokens or flops, or give the stage max_steps"
-            )
 
 
 def _check_ends(method: Method, settings: StageSettings) -> None:

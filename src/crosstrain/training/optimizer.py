@@ -47,6 +47,11 @@ class Optimizer:
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
         self._load_moments(kept)
 
+    def end(self) -> None:
+        """Let go of gradients and moments: nothing is trained any more."""
+        self.zero_grad()
+        self.adamw.state.clear()
+
     def zero_grad(self) -> None:
         """Forget all gradients."""
         for p in (*self.trainable.values(), *self.masters.values()):

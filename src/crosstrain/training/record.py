@@ -94,10 +94,9 @@ def hardware(device: torch.device) -> dict[str, Any]:
 def peak_memory_gb() -> float:
     """The most memory this process has held since `reset_peak_memory`, in GB; where that can do nothing, since its start."""
     status = Path("/proc/self/status")
-    if status.is_file():
-        [peak] = [int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.is_file() else []
+    peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
+    peak = peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)
 
 

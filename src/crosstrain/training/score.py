@@ -91,7 +91,7 @@ def score(
     watch: also the channels `entropy` (unless asked for) and `correct`, whether the token is the most likely one, both without
     gradient. temperature: logits are divided by it first (as the sampler does). layout: "shared" computes a common start once
     and needs a model that accepts a custom attention mask; "plain" runs one line per sequence. embed: changes the input
-    embeddings, of one line per row whatever the layout. value_head: hidden states [M, D] -> [M]; its result is the channel
+    embeddings, of one line per row whatever the layout. value_head: hidden states [P, D] -> [P]; its result is the channel
     `value`, the state before each token.
     """
     # what changes embeddings (noise) is about one row at a time, and must not know what shares its line
@@ -141,11 +141,11 @@ def trajectory_logps(
 
 def lay_out(batch: Batch, layout: Layout) -> Lines:
     """Where every token of `batch` goes in the model's input; the rows of a group need not be neighbours."""
-    packed = _packed(batch) if layout == "shared" else [[r] for r in range(len(batch))]
+    rows, trained = _row_tokens(batch), batch.trained.cpu()
+    packed = _packed(batch, rows) if layout == "shared" else [[r] for r in range(len(batch))]
     trees = [_Tree() for _ in packed]
     predictions: dict[tuple[int, int, int], int] = {}
     scored: list[tuple[int, int, int]] = []
-    rows, trained = _row_tokens(batch), batch.trained.cpu()
     for n, members in enumerate(packed):
         for r in members:
             path = trees[n].add(rows[r])
@@ -172,12 +172,15 @@ def lay_out(batch: Batch, layout: Layout) -> Lines:
 
 
 _NEVER = 2**31
-"""The end of a padding token's subtree: padding comes last, so that it is seen by padding only."""
+"""More columns than there are."""
 
 
 class _Tree:
-    """A line: sequences as a tree of tokens, depth first. ends: for each token the column after its subtree, to whose tokens it is
-    visible."""
+    """A line: sequences as a tree of tokens, depth first.
+
+    ends: of each token, the first column that no longer sees it. Right in any order of sequences; the more neighbours have in
+    common, the shorter the line.
+    """
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
@@ -190,26 +193,26 @@ class _Tree:
         """Add what the sequence does not have in common with the one before it, and return the column of each of its tokens."""
         common = common_start(self._last, sequence)
         first, new = len(self.tokens), len(sequence) - common
+        for column in self._path[common:]:
+            self.ends[column] = first
         self.tokens += sequence[common:]
         self.positions += range(common, len(sequence))
-        self.ends += [0] * new
+        self.ends += [_NEVER] * new
         self._path = [*self._path[:common], *range(first, first + new)]
         self._last = sequence
-        for column in self._path:
-            self.ends[column] = first + new
         return self._path
 
 
-def _packed(batch: Batch) -> list[list[int]]:
+def _packed(batch: Batch, rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """The rows of each line, groups whole and in the order of their tokens, so that those which start alike are neighbours.
 
     A line is no longer than a limit unless one group is. Of several limits the one that gives the smallest rectangle is taken.
     """
-    rows = _row_tokens(batch)
     members: dict[int, list[int]] = {}
     for r, g in enumerate(batch.group.tolist()):
         members.setdefault(g, []).append(r)
     groups = sorted((sorted(held, key=rows.__getitem__) for held in members.values()), key=lambda held: rows[held[0]])
+    # the columns of each group in a line of its own, and how many of them the group before it in a line would have already
     alone = [len(rows[held[0]]) + sum(_added(rows[a], rows[b]) for a, b in pairwise(held)) for held in groups]
     joined = [0, *(common_start(rows[a[-1]], rows[b[0]]) for a, b in pairwise(groups))]
     best: list[list[int]] = []
@@ -239,7 +242,7 @@ def _row_tokens(batch: Batch) -> list[list[int]]:
 
 
 def _tree_mask(ends: Tensor) -> Tensor:
-    """[N, 1, L, L] bool: a token sees itself and those before it in whose subtrees it is. ends: [N, L]."""
+    """[N, 1, L, L] bool: a token sees itself and those before it whose `ends` are after it. ends: [N, L]."""
     column = torch.arange(ends.shape[1])
     return ((column[None, :] <= column[:, None]) & (column[:, None] < ends[:, None, :]))[:, None]
 
@@ -318,7 +321,7 @@ def _probe(model: Any, first: int) -> Batch:
 def _head(
     model: Any, hidden: Tensor, targets: Tensor, channels: Mapping[str, Channel], temperature: float
 ) -> dict[str, Tensor]:
-    """`logp` and the channels at every scored position, [M] each; chunks are recomputed in backward when there are several."""
+    """`logp` and the channels of every prediction, [P] each; chunks are recomputed in backward when there are several."""
     names = ["logp", *channels]
 
     def chunk(h: Tensor, target: Tensor) -> tuple[Tensor, ...]:
