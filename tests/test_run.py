@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +292,20 @@ def test_rows_and_rewards_may_be_given_as_they_are_in_python(world: Path, tmp_pa
         crosstrain.train(recipe(world, "sft", data=[]), tmp_path / "none")
     with pytest.raises(UserError, match="give a function that stands at the top level of one"):
         crosstrain.train(recipe(world, GRPO, rewards=[lambda completions, **kwargs: [1.0]]), tmp_path / "lambda")
+
+
+def test_a_script_that_trains_with_a_reward_of_its_own_does_not_start_itself_again(world: Path, tmp_path: Path) -> None:
+    settings = {**recipe(world, GRPO), "rewards": None}
+    script = tmp_path / "script.py"
+    reward = "def right(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n"
+    run_it = f"crosstrain.train({settings!r} | {{'rewards': right}}, {str(tmp_path / 'run')!r})"
+    script.write_text(f"import crosstrain\n{reward}{run_it}\n")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert 'put what starts the training under `if __name__ == "__main__":`' in done.stderr
+    script.write_text(f'import crosstrain\n{reward}if __name__ == "__main__":\n    {run_it}\n')
+    subprocess.run([sys.executable, str(script)], check=True, timeout=300)
+    assert record(tmp_path / "run")["status"] == "finished"
 
 
 def reward_of_length(completions: list[str], **kwargs: Any) -> list[float]:
