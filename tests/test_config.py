@@ -100,6 +100,7 @@ def test_other_shorthands() -> None:
         ({"sampling": {"truncation_penalty": 1.0}}, "go together"),
         ({"sampling": {"truncated": "penalise"}}, "go together"),
         ({"max_prompt_length": 2000}, "leaves no room for an answer"),
+        ({"evaluation": {"forgetting": False, "forgetting_questions": 9}}, "'forgetting_questions' has no effect"),
         ({"rewards": {"name": "exact_match", "wieght": 2.0}}, "unknown key 'rewards.wieght'; did you mean 'weight'?"),
         ({"rewards": [5]}, "rewards.0: must be a mapping of keys to values, got 5 (a whole number)"),
         ({"warmup_steps": 4}, "'warmup_steps' (4) is more than 'max_steps' (3)"),

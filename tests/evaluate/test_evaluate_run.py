@@ -16,7 +16,7 @@ from crosstrain.errors import UserError
 from crosstrain.evaluate import Evaluated, evaluate_model, measure_dev
 from crosstrain.evaluate import questions as sets
 from crosstrain.evaluate import run as evaluate_run
-from crosstrain.evaluate.suite import passages, questions
+from crosstrain.evaluate.suite import passages, some_questions
 from crosstrain.tasks import Task
 from crosstrain.testing import tiny_model, tiny_tokenizer
 
@@ -48,7 +48,6 @@ def letters(reward: Any = reward) -> Task:
 @pytest.fixture(autouse=True)
 def stub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sets, "get_task", lambda name, **config: letters())
-    monkeypatch.setattr(evaluate_run, "questions", lambda: questions()[:6])
     monkeypatch.setattr(evaluate_run, "passages", lambda: passages()[:2])
 
 
@@ -57,6 +56,7 @@ def spec(**changes: Any) -> EvaluationSpec:
         "in_distribution": [{"name": "test", "task": "letters", "size": 6}],
         "out_of_distribution": [{"name": "shifted", "task": "letters", "split": "ood", "size": 4}],
         "dev": {"name": "dev", "task": "letters", "split": "dev", "size": 3},
+        "forgetting_questions": 6 if changes.get("forgetting", True) else None,
     }
     return EvaluationSpec(**given | changes)
 
@@ -76,7 +76,6 @@ def evaluate(m: Any, s: EvaluationSpec | None = None, **settings: Any) -> Evalua
 def found() -> Evaluated:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sets, "get_task", lambda name, **config: letters())
-        patch.setattr(evaluate_run, "questions", lambda: questions()[:6])
         patch.setattr(evaluate_run, "passages", lambda: passages()[:2])
         base = evaluate(BASE)
         return evaluate(model(1), base=base.answers, base_model=BASE)
@@ -98,7 +97,7 @@ def test_the_file_has_its_schema_and_is_json(found: Evaluated) -> None:
     assert [q["id"] for q in e["sets"]["shifted"]["questions"]] == [f"shifted:{i}" for i in range(4)]
     assert e["divergence"]["prompts"] == [f"test:{i}" for i in range(6)]
     assert {len(e["divergence"][key]) for key in ("forward_kl", "reverse_kl", "entropy")} == {6}
-    assert [q["id"] for q in e["forgetting"]["questions"]] == [q.id for q in questions()[:6]]
+    assert [q["id"] for q in e["forgetting"]["questions"]] == [q.id for q in some_questions(6)]
     assert set(e["seconds"]) == {"sampling", "forgetting", "prose", "own_logps", "forward_kl", "reverse_kl"}
     assert set(e["metrics"]) == {
         *("accuracy", "pass@1", "pass@2", "pass@4", "response_length", "unparsed_frac", "distinct_frac"),

@@ -260,6 +260,9 @@ class EvaluationSpec(BaseModel):
     samples_per_question: Count = Field(8, description="Completions sampled per question.")
     pass_at_k: list[Count] = Field(default_factory=lambda: [1, 2, 4], description="The k of pass@k.")
     forgetting: Flag = Field(True, description="Measure what the model lost on the bundled general suite.")
+    forgetting_questions: Count | None = Field(
+        None, description="How many questions of that suite, spread over its topics; all of them when not given."
+    )
     divergence: Flag = Field(True, description="Measure KL to the base model, both ways.")
     temperature: Positive = Field(1.0, description="Temperature of the evaluation's samples.")
     eval_steps: Whole = Field(0, description="Steps between evaluations on `dev`; 0 is only at the end.")
@@ -276,6 +279,8 @@ class EvaluationSpec(BaseModel):
         names = [s.name for s in (*self.in_distribution, *self.out_of_distribution)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"evaluation sets need different names, got {twice[0]!r} more than once")
+        if self.forgetting_questions is not None and not self.forgetting:
+            raise ValueError("'forgetting_questions' has no effect: 'forgetting' is false")
         if self.eval_steps and self.dev is None:
             raise ValueError(f"'eval_steps' is {self.eval_steps} but there is no 'dev' set to look at")
         return self

@@ -16,7 +16,7 @@ from crosstrain.evaluate import divergence
 from crosstrain.evaluate.divergence import BaseAnswers
 from crosstrain.evaluate.forgetting import prose_results, question_results
 from crosstrain.evaluate.questions import Answers, QuestionSet, ask, load_set, sample_records, set_metrics, set_result
-from crosstrain.evaluate.suite import SUITE_VERSION, passages, questions
+from crosstrain.evaluate.suite import SUITE_VERSION, passages, some_questions
 from crosstrain.memory import give_back
 from crosstrain.rollout.sampler import Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
@@ -66,7 +66,9 @@ def evaluate_model(
             drawn = Sampling(temperature=spec.temperature, max_completion_length=sampling.max_completion_length)
             answers = ask(sets, sampler, tokenizer, drawn, seed=seed)
         layout = choose_layout(model)
-        forgotten = _forgetting(model, tokenizer, sampler, layout, clock) if spec.forgetting else None
+        forgotten = (
+            _forgetting(model, tokenizer, sampler, layout, clock, spec.forgetting_questions) if spec.forgetting else None
+        )
         own = _replies(answers if spec.divergence else [], spec.temperature)
         diverged: dict[str, Any] | None = None
         if spec.divergence:
@@ -129,9 +131,11 @@ def summary(evaluation: Mapping[str, Any], ks: Sequence[int]) -> dict[str, float
     return metrics
 
 
-def _forgetting(model: Any, tokenizer: Any, sampler: TorchSampler, layout: Layout, clock: _Clock) -> dict[str, Any]:
+def _forgetting(
+    model: Any, tokenizer: Any, sampler: TorchSampler, layout: Layout, clock: _Clock, n: int | None
+) -> dict[str, Any]:
     with clock.part("forgetting"):
-        asked = question_results(model, tokenizer, sampler, questions(), layout)
+        asked = question_results(model, tokenizer, sampler, some_questions(n), layout)
     with clock.part("prose"):
         prose = prose_results(model, tokenizer, passages(), layout)
     return {"suite_version": SUITE_VERSION, "questions": asked, "prose": prose}

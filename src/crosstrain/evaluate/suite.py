@@ -58,6 +58,16 @@ def questions() -> tuple[Question, ...]:
     )
 
 
+def some_questions(n: int | None) -> tuple[Question, ...]:
+    """n of the questions at equal distances in their order, which is by topic; all of them when n is None or there are no more.
+
+    >>> len(some_questions(None)), [q.topic for q in some_questions(3)]
+    (168, ['geography', 'language', 'culture'])
+    """
+    every = questions()
+    return every if n is None or n >= len(every) else tuple(every[i * len(every) // n] for i in range(n))
+
+
 @cache
 def passages() -> tuple[Passage, ...]:
     """The suite's passages, always in the same order."""
