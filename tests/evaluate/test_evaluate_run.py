@@ -16,7 +16,7 @@ from crosstrain.errors import UserError
 from crosstrain.evaluate import Evaluated, evaluate_model, measure_dev
 from crosstrain.evaluate import questions as sets
 from crosstrain.evaluate import run as evaluate_run
-from crosstrain.evaluate.suite import passages, some_questions
+from crosstrain.evaluate.suite import passages, questions, some_questions
 from crosstrain.tasks import Task
 from crosstrain.testing import tiny_model, tiny_tokenizer
 
