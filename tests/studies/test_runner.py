@@ -103,7 +103,7 @@ def test_study_json_says_what_was_compared(tmp_path: Path) -> None:
     run(tmp_path, Fakes())
     found = study_json(tmp_path)
     assert (found["status"], found["quick"], found["tune"], found["resumed"]) == ("finished", False, False, 0)
-    assert found["spec"] == small_study().model_dump(mode="json")
+    assert found["spec"] == {**small_study().model_dump(mode="json"), "quick": {}}
     assert found["learning_rates"] == {"from": "study file", "arms": {"sft": [1e-5], "sft -> grpo": [1e-5, 2e-5]}}
     assert [(e["arm"], e["seed"], e["folder"]) for e in found["runs"]][1] == ("sft -> grpo", 0, "runs/sft-to-grpo/seed-0")
     assert "torch" in found["versions"] and found["hardware"]["cores"] >= 1
@@ -118,6 +118,14 @@ def test_quick_applies_the_files_quick_settings_and_says_so(tmp_path: Path) -> N
     assert "a taste, not a result" in printed
     with pytest.raises(UserError, match="has no `quick:` settings"):
         run(tmp_path / "other", fakes, small_study(quick={}), quick=True)
+
+
+def test_other_quick_settings_leave_a_study_what_it_is(tmp_path: Path) -> None:
+    fakes = Fakes()
+    run(tmp_path, fakes)
+    trained = len(fakes.trained)
+    run(tmp_path, fakes, small_study(quick={"seeds": [6]}))
+    assert len(fakes.trained) == trained
 
 
 def test_without_base_its_answers_are_still_there_for_divergences_but_not_as_an_arm(tmp_path: Path) -> None:

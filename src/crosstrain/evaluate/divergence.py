@@ -1,7 +1,8 @@
 """How far a model has moved from the base: KL divergence both ways, and entropy, by sampling.
 
-All are of whole replies up to the token limit, in nats, one value per prompt, estimated from samples (Monte Carlo). The samples
-and both log-probs are at the evaluation's temperature, so that each estimate is unbiased for the distributions sampled from.
+One value per prompt, in nats, estimated from samples (Monte Carlo): divergences of whole replies up to the token limit, entropy
+per token of them. The samples and both log-probs are at the evaluation's temperature, so that each estimate is unbiased for the
+distributions sampled from.
 """
 
 from __future__ import annotations

@@ -217,9 +217,9 @@ _DIVERGENCE = [
         "Entropy",
         "divergence",
         _diverged("entropy"),
-        unit="nats per reply",
+        unit="nats per token",
         format="number",
-        about="Entropy of the model's replies: how many different things it says.",
+        about="Entropy of the model's next token within its own replies: how undecided it is.",
     ),
 ]
 

@@ -61,7 +61,7 @@ def run_study(
     run of the first seed failed.
     """
     check_not_in_worker()
-    spec = checked(spec, quick=quick, tune=tune)
+    spec = checked(spec, quick=quick, tune=tune).model_copy(update={"quick": {}})  # now applied, or of no concern
     identity = {
         "spec": spec.model_dump(mode="json"),
         "config_hash": config_hash(spec),
