@@ -60,32 +60,10 @@ def resolve_model(name: str) -> str:
     return name
 
 
-def load_model(
-    name: str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    attn_implementation: str | None = None,
-    lora: Any = None,
-    gradient_checkpointing: bool = False,
-    seed: int = 0,
-) -> tuple[Any, Any]:
-    """The model and its tokenizer; see `load_weights` and `load_tokenizer`."""
+def load_model(name: str, *, revision: str | None = None, trust_remote_code: bool = False, **settings: Any) -> tuple[Any, Any]:
+    """The model and its tokenizer; see `load_tokenizer`, and `load_weights` for the other settings."""
     tokenizer = load_tokenizer(name, revision=revision, trust_remote_code=trust_remote_code)
-    model = load_weights(
-        name,
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        attn_implementation=attn_implementation,
-        lora=lora,
-        gradient_checkpointing=gradient_checkpointing,
-        seed=seed,
-    )
-    return model, tokenizer
+    return load_weights(name, revision=revision, trust_remote_code=trust_remote_code, **settings), tokenizer
 
 
 def load_weights(
