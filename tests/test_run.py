@@ -268,6 +268,14 @@ def test_a_gated_method_that_has_no_more_use_for_demonstrations_does_not_train_f
     endless = crosstrain.train(recipe(world, {"method": solved, "max_steps": None}, budget=budget), tmp_path / "run").folder
     assert [stage["steps"] for stage in record(endless)["stages"]] == [3]
     assert "step 3: hpt ends after 3 steps that spent nothing of its budget in a row" in record(endless)["warnings"][-1]
+    look = run._Run._look_at_rewards
+    monkeypatch.setattr(run._Run, "_look_at_rewards", _stop_at_2)
+    often = {"budget": budget, "save": {"save_steps": 1}}
+    with pytest.raises(KeyboardInterrupt):
+        crosstrain.train(recipe(world, {"method": solved, "max_steps": None}, **often), tmp_path / "resumed")
+    monkeypatch.setattr(run._Run, "_look_at_rewards", look)
+    resumed = crosstrain.train(recipe(world, {"method": solved, "max_steps": None}, **often), tmp_path / "resumed").folder
+    assert [stage["steps"] for stage in record(resumed)["stages"]] == [3], "as without the interruption"
     ends = crosstrain.train(recipe(world, {"method": solved, "max_steps": 5}, budget=budget), tmp_path / "ends").folder
     assert [stage["steps"] for stage in record(ends)["stages"]] == [5]
     spends = recipe(world, {"method": "sft", "max_steps": None}, budget={"unit": "demonstrations", "amount": 12})

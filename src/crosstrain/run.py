@@ -153,7 +153,7 @@ class _Run:
         engine = replace(engine, reference=reference)
         why = "max_steps" if settings.max_steps else "budget"
         lines: list[dict[str, Any]] = []
-        spent, since = stage_progress(settings, self.progress), self.progress.step
+        share = stage_progress(settings, self.progress)
         for step in train_stage(engine, method, settings, self.optimizer, self.progress):
             line = {"step": self.progress.step, "stage": self.progress.stage, "method": method.name, **step.metrics}
             line["epoch"] = self._epoch()
@@ -171,9 +171,9 @@ class _Run:
             if stage.until is not None and self._look(stage, line):
                 why = f"plateau of {stage.until.metric}"
                 break
-            if stage_progress(settings, self.progress) > spent:
-                spent, since = stage_progress(settings, self.progress), self.progress.step
-            elif settings.max_steps is None and stage.until is None and self.progress.step - since == IDLE_STEPS:
+            before, share = share, stage_progress(settings, self.progress)
+            self.progress.idle = 0 if share > before else self.progress.idle + 1
+            if self.progress.idle >= IDLE_STEPS and settings.max_steps is None and stage.until is None:
                 why = f"{IDLE_STEPS} steps that spent nothing of its budget"
                 self._warn(f"step {self.progress.step}: {method.name} ends after {why} in a row; count it in another unit")
                 break
@@ -211,7 +211,7 @@ class _Run:
         )
         if stage.restart_schedule:
             self.progress.optimizer_steps = 0
-        self.progress.stage_step = 0
+        self.progress.stage_step = self.progress.idle = 0
         self.progress.stage_cost = self.progress.cost
         self.progress.state = method.init()
         self.plateau = Plateau()

@@ -74,7 +74,8 @@ class Progress:
     """Where a run stands; everything here is in a checkpoint.
 
     step: collected batches of the whole run. stage_step: of this stage. optimizer_steps: AdamW steps of this stage.
-    skipped: steps in which every term was empty. stage_cost: what had been spent when the stage began.
+    skipped: steps in which every term was empty. idle: steps in a row that brought the stage no nearer to its end.
+    stage_cost: what had been spent when the stage began.
     """
 
     step: int = 0
@@ -82,6 +83,7 @@ class Progress:
     stage_step: int = 0
     optimizer_steps: int = 0
     skipped: int = 0
+    idle: int = 0
     positions: dict[str, int] = field(default_factory=dict)
     state: State = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
