@@ -5,6 +5,9 @@ VENV := .venv
 # What every command here runs with; `make test JOBS=1` runs the tests in one process.
 BIN := $(VENV)/bin
 JOBS ?= auto
+PEER := .venv-trl
+# More options of the benchmark, for example BENCH="--only sft grpo".
+BENCH ?=
 STUDY ?= examples/arithmetic.yaml
 OUT ?= runs/$(basename $(notdir $(STUDY)))
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -17,8 +20,8 @@ help:
 	@echo "make test      fast tests"
 	@echo "make test-all  every test, also the slow ones and those that need the real model"
 	@echo "make check     lint, formatting, types, doctests, import rules"
-	@echo "make bench     speed and memory of the trainer and the sampler"
-	@echo "make clean     remove .venv and caches (runs/ stays)"
+	@echo "make bench     speed and memory against TRL and transformers, side by side (an hour or two on 2 cores)"
+	@echo "make clean     remove the environments and caches (runs/ stays)"
 
 # Stamps: an install runs again only when the environment is new or its two inputs changed.
 $(VENV)/created:
@@ -54,8 +57,15 @@ check: $(VENV)/installed-dev
 	$(BIN)/mypy
 	$(BIN)/python -m pytest src tests/test_imports.py
 
-bench: $(VENV)/installed-dev
-	@$(BIN)/python -m benchmarks
+# TRL runs in an environment of its own, as its users have it.
+$(PEER)/installed: $(VENV)/created constraints.txt
+	@echo "installing TRL in $(PEER)"
+	@$(PYTHON) -m venv $(PEER)
+	@$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt trl
+	@touch $@
+
+bench: $(VENV)/installed-dev $(PEER)/installed
+	@$(BIN)/python -m benchmarks --peer-python $(PEER)/bin/python $(BENCH)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEER) .pytest_cache .mypy_cache .ruff_cache .hypothesis

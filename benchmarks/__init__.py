@@ -1,1 +1,1 @@
-"""Speed and memory, always against a peer measured in the same process: `python -m benchmarks`, or `make bench`."""
+"""Speed and memory against TRL and transformers, on the same rows in one run on one machine: `make bench`."""

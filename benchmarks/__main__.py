@@ -1,7 +1,7 @@
-"""Sampling against transformers' `generate`, and training steps against a plain padded loop, on the bundled 135M model.
+"""crosstrain against TRL and transformers on the same rows, side by side in one run on one machine.
 
-Both sides of a row run in turn, after one warm-up each, in one process with the same threads and dtype; medians and their ratio are
-printed and written to runs/bench.json with what they were measured on.
+Two processes, ours and the peer's in an environment of its own, do a step each in turn. Of the peer's settings the fastest is
+taken, found by trying. Prints a table and writes benchmarks/results.json.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,149 +20,240 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from crosstrain.data import encode
-from crosstrain.methods import load_method
-from crosstrain.models import has_bf16_instructions, load_model
-from crosstrain.objective.reduce import count
-from crosstrain.rollout import Prompt, Sampling
-from crosstrain.rollout.torch_sampler import TorchSampler
-from crosstrain.tasks import get_task
-from crosstrain.training.batching import cut, to_batch, with_advantage
-from crosstrain.training.loop import Engine, backward
-from crosstrain.training.metrics import Meter
-from crosstrain.training.record import hardware, peak_memory_gb, versions
-from crosstrain.types import Batch, Example, Group, Method, Source, Trajectory
+from benchmarks.checks import Check, curves, greedy
+from benchmarks.pair import Side, Steps, alone, fastest, in_turn
+from benchmarks.rows import make_rows
+from benchmarks.works import MEMORY_TARGET, UTILISATION_TARGET, WORKS, Settings, Work, label
+from crosstrain.models import has_bf16_instructions, load_tokenizer, resolve_model
+from crosstrain.training.record import hardware, versions
 
-NEW_TOKENS = 32
-Work = Callable[[], int]
-"""Does something and says how many tokens it was."""
+FOLDER = Path("runs/bench")
+RESULTS = Path(__file__).with_name("results.json")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the results. ours, peer: the work's units per second. ratio: ours to the peer's, step by step in turn: the median,
+    the smallest and the largest. memory_ratio: of peak memory, ours to the peer's. peer_tried: speed of each setting tried.
+    """
+
+    work: str
+    dtype: str
+    ours: float
+    peer: float
+    unit: str
+    ratio: float
+    ratio_min: float
+    ratio_max: float
+    memory_ratio: float | None
+    target: float
+    met: bool
+    memory_met: bool | None = None
+    ours_memory_gb: float | None = None
+    peer_memory_gb: float | None = None
+    peer_settings: str = ""
+    peer_tried: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What a run of the benchmarks is made with."""
+
+    model: str
+    peer_python: str
+    device: str
+    rows: Path
+    steps: int
+    search: bool
+
+    def ours(self, work: str, precision: str) -> Side:
+        """Our worker for a work."""
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.ours",
+            work,
+            precision,
+            str(self.rows),
+            self.model,
+            "--device",
+            self.device,
+        ]
+        return Side(command, f"ours-{work.replace(':', '-')}-{precision}")
+
+    def peer(self, work: str, precision: str, settings: Settings) -> Side:
+        """The peer's worker for a work with settings."""
+        command = [
+            self.peer_python,
+            "-m",
+            "benchmarks.peer",
+            work,
+            precision,
+            str(self.rows),
+            self.model,
+            "--device",
+            self.device,
+        ]
+        for key, value in settings.items():
+            command += ["--set", f"{key}={json.dumps(value)}"]
+        return Side(command, f"peer-{work.replace(':', '-')}-{precision}", label(settings))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run every benchmark, print the table and write the record."""
+    """Run the benchmarks, print the table and write the results."""
+    options = _options(arguments)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    model = resolve_model(options.model)
+    rows = FOLDER / "rows.json"
+    rows.write_text(
+        json.dumps(make_rows(load_tokenizer(model), sft=800, documents=40, pairs=160, prompts=128)), encoding="utf-8"
+    )
+    bench = Bench(model, options.peer_python, options.device, rows, options.steps, not options.no_search)
+    bf16 = has_bf16_instructions(torch.device(options.device))
+    found: list[Row] = []
+    checks: list[Check] = []
+    for work in WORKS:
+        if options.only and work.key not in options.only:
+            continue
+        for precision in options.precision or (work.precisions if bf16 else ("fp32",)):
+            _attempt(found, f"{work.title}, {precision}", lambda w=work, p=precision: compare(bench, w, p))
+    if not options.only or "limit" in options.only:
+        _attempt(found, "utilisation", lambda: utilisation(bench, "mixed" if bf16 else "fp32"))
+    if not options.only or "checks" in options.only:
+        logs = FOLDER / "logs"
+        checks += curves(
+            bench.ours("sft", "fp32"), bench.peer("sft", "fp32", {}), logs, options.curve_steps, "SFT loss", ["loss"]
+        )
+        wanted = ["loss", "rewards/margins"]
+        checks += curves(bench.ours("dpo", "fp32"), bench.peer("dpo", "fp32", {}), logs, 10, "DPO", wanted)
+        checks.append(greedy(bench.ours("generate:32:greedy", "fp32"), bench.peer("generate:32:greedy", "fp32", {}), logs))
+    record = {
+        "machine": hardware(torch.device(options.device)),
+        "bf16_instructions": bf16,
+        "versions": {**versions(), **_peer_versions(options.peer_python)},
+        "model": options.model,
+        "rows": [asdict(row) for row in found],
+        "checks": [asdict(check) for check in checks],
+    }
+    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    show(found, checks, record)
+    print(f"written to {options.out}")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("runs/bench.json"))
-    options = parser.parse_args(arguments)
-    dtype = torch.bfloat16 if has_bf16_instructions(torch.device("cpu")) else torch.float32
-    model, tokenizer = load_model(options.model, dtype=dtype)
-    examples = [encode(row, tokenizer, id=f"train:{i}") for i, row in enumerate(get_task("sums").rows("train", 32, seed=0))]
-    rows = [
-        measure(f"sampling, {n} prompts, {NEW_TOKENS} tokens", *sampling(model, tokenizer, examples[:n]), options.repeats)
-        for n in (1, 32)
-    ]
-    rows.append(
-        measure("SFT forward and backward, 16 rows", *training(model, "sft", demonstrations(examples[:16])), options.repeats)
+    parser.add_argument("--peer-python", default=".venv-trl/bin/python", help="Python of an environment with TRL")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=5, help="measured steps after one for warming up")
+    parser.add_argument("--curve-steps", type=int, default=50, help="steps over which losses are compared")
+    parser.add_argument(
+        "--precision", nargs="*", choices=["bf16", "mixed", "fp32"], help="instead of what the processor is made for"
     )
-    rows.append(
-        measure("GRPO forward and backward, 8 x 8", *training(model, "dr_grpo", rollouts(examples[:8])), options.repeats)
+    parser.add_argument("--only", nargs="*", metavar="WORK", help=f"of {', '.join(w.key for w in WORKS)}, limit, checks")
+    parser.add_argument("--no-search", action="store_true", help="take the peer's first setting instead of the fastest")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    return parser.parse_args(arguments)
+
+
+def _attempt(found: list[Row], title: str, run: Callable[[], Row]) -> None:
+    print(title, flush=True)
+    row = run()
+    found.append(row)
+    print(f"    {row.ours:,.1f} against {row.peer:,.1f} {row.unit}: {row.ratio:.2f}", flush=True)
+
+
+def compare(bench: Bench, work: Work, precision: str) -> Row:
+    """A work in one precision: the fastest of the peer's settings, then both in turn."""
+    logs = FOLDER / "logs"
+    sides = [bench.peer(work.key, precision, settings) for settings in work.peers]
+    best, tried = fastest(sides, logs) if bench.search and len(sides) > 1 else (sides[0], {})
+    ours, peer = in_turn(bench.ours(work.key, precision), best, logs, bench.steps)
+    return row_of(work, precision, ours, peer, best.label, tried)
+
+
+def row_of(work: Work, precision: str, ours: Steps, peer: Steps, settings: str, tried: dict[str, float]) -> Row:
+    """The line of two workers' steps."""
+    ratios = [b / a for a, b in zip(ours.seconds, peer.seconds, strict=True)]
+    memory = ours.memory_gb / peer.memory_gb
+    return Row(
+        work=work.title,
+        dtype=precision,
+        ours=ours.speed,
+        peer=peer.speed,
+        unit=work.unit,
+        ratio=statistics.median(ratios),
+        ratio_min=min(ratios),
+        ratio_max=max(ratios),
+        memory_ratio=memory,
+        target=work.target,
+        met=statistics.median(ratios) >= work.target,
+        memory_met=memory <= MEMORY_TARGET,
+        ours_memory_gb=ours.memory_gb,
+        peer_memory_gb=peer.memory_gb,
+        peer_settings=f"{work.peer}: {settings}",
+        peer_tried=tried,
+        steps=len(ratios),
     )
-    record = {
-        "model": options.model,
-        "dtype": str(dtype),
-        "repeats": options.repeats,
-        "rows": rows,
-        "hardware": hardware(torch.device("cpu")),
-        "versions": versions(),
-        "peak_memory_gb": peak_memory_gb(),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    table = Table("work", "crosstrain, tokens/s", "peer, tokens/s", "ratio", "peer")
+
+
+def utilisation(bench: Bench, precision: str) -> Row:
+    """The real work against its matrix products alone, in turn in one process."""
+    side = Side([sys.executable, "-m", "benchmarks.limit", precision, str(bench.rows), bench.model], f"limit-{precision}")
+    lines = alone(side, FOLDER / "logs", bench.steps).lines
+    shares = [line["products"] / line["real"] for line in lines]
+    share = statistics.median(shares)
+    return Row(
+        work="SFT forward and backward, 16 x 256, all supervised",
+        dtype=precision,
+        ours=1 / statistics.median(line["real"] for line in lines),
+        peer=1 / statistics.median(line["products"] for line in lines),
+        unit="passes/s",
+        ratio=share,
+        ratio_min=min(shares),
+        ratio_max=max(shares),
+        memory_ratio=None,
+        target=UTILISATION_TARGET,
+        met=share >= UTILISATION_TARGET,
+        ours_memory_gb=max(line["memory_gb"] for line in lines),
+        peer_settings="its matrix products alone",
+        steps=len(lines),
+    )
+
+
+def _peer_versions(python: str) -> dict[str, str]:
+    code = "import importlib.metadata as m; print(*(f'{p}={m.version(p)}' for p in ('trl', 'transformers', 'torch')))"
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    return {f"peer {name}": version for name, _, version in (entry.partition("=") for entry in found)}
+
+
+def show(rows: Sequence[Row], checks: Sequence[Check], record: dict[str, Any]) -> None:
+    """The tables."""
+    console = Console(width=150)
+    table = Table("work", "dtype", "ours", "peer", "unit", "ratio", "target", "memory, GB", "peer's settings", title="speed")
     for row in rows:
-        table.add_row(row["work"], f"{row['ours']:,.0f}", f"{row['theirs']:,.0f}", f"{row['ratio']:.2f}", row["peer"])
-    console = Console(width=120)
+        memory = f"{row.ours_memory_gb:.1f}" if row.ours_memory_gb is not None else ""
+        memory += f" / {row.peer_memory_gb:.1f} = {row.memory_ratio:.2f}" if row.memory_ratio is not None else ""
+        table.add_row(
+            row.work,
+            row.dtype,
+            f"{row.ours:,.3g}",
+            f"{row.peer:,.3g}",
+            row.unit,
+            f"{row.ratio:.2f} ({row.ratio_min:.2f} to {row.ratio_max:.2f})",
+            f"{row.target:g} {'met' if row.met else 'not met'}",
+            memory + ("" if row.memory_met is None else " met" if row.memory_met else " not met"),
+            row.peer_settings,
+        )
     console.print(table)
-    console.print(
-        f"{dtype}, {torch.get_num_threads()} threads, peak {record['peak_memory_gb']} GB; {options.out}", highlight=False
-    )
-
-
-def measure(work: str, ours: Work, theirs: Work, peer: str, repeats: int) -> dict[str, Any]:
-    """Tokens per second of both, medians of runs in turn, and the median ratio of their times."""
-    seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
-    tokens = {"ours": ours(), "theirs": theirs()}  # the warm-up
-    for _ in range(repeats):
-        for name, run in (("ours", ours), ("theirs", theirs)):
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
-    speed = {name: tokens[name] / statistics.median(found) for name, found in seconds.items()}
-    ratios = [b / a for a, b in zip(seconds["ours"], seconds["theirs"], strict=True)]
-    return {"work": work, **speed, "ratio": statistics.median(ratios), "ratios": ratios, "peer": peer}
-
-
-def sampling(model: Any, tokenizer: Any, examples: Sequence[Example]) -> tuple[Work, Work, str]:
-    """The same prompts continued by the same number of tokens; neither side may stop early."""
-    prompts = [Prompt(e.prompt_tokens, 1, e.id) for e in examples]
-    sampler = TorchSampler(model, stop_token_ids=())
-    longest = max(len(p.tokens) for p in prompts)
-    ids = torch.tensor([[0] * (longest - len(p.tokens)) + list(p.tokens) for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p.tokens)) + [1] * len(p.tokens) for p in prompts])
-
-    def ours() -> int:
-        sampler.sample(prompts, Sampling(max_completion_length=NEW_TOKENS), seed=0, step=0)
-        return len(prompts) * NEW_TOKENS
-
-    def theirs() -> int:
-        with torch.no_grad():
-            model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                repetition_penalty=1.0,
-                min_new_tokens=NEW_TOKENS,
-                max_new_tokens=NEW_TOKENS,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        return len(prompts) * NEW_TOKENS
-
-    return ours, theirs, "generate"
-
-
-def demonstrations(examples: Sequence[Example]) -> Batch:
-    """One demonstration of each example."""
-    return to_batch([Group(e, e.expert) for e in examples])
-
-
-def rollouts(examples: Sequence[Example]) -> Batch:
-    """Eight answers of 16 tokens to each example, half of them right."""
-    groups = []
-    for e in examples:
-        source = (Source.PROMPT,) * len(e.prompt_tokens) + (Source.POLICY,) * 16
-        answers = [tuple((97 * k + 13 * i) % 40_000 + 100 for i in range(16)) for k in range(8)]
-        rows = (Trajectory(e.prompt_tokens + a, source, reward=float(k % 2)) for k, a in enumerate(answers))
-        groups.append(Group(e, tuple(rows)))
-    return to_batch(groups)
-
-
-def training(model: Any, name: str, batch: Batch) -> tuple[Work, Work, str]:
-    """One gradient of a method, by the loop's own backward and by whole padded rows with all logits."""
-    method: Method = load_method(name)
-    batch = with_advantage(batch, method.advantage(batch))
-    counts = count(method.terms, batch, groups=len(torch.unique(batch.group)))
-    engine = Engine(model, parameters=1, layout="shared", device=torch.device("cpu"), streams={})
-    mask = (torch.arange(batch.tokens.shape[1]) < batch.length[:, None]).long()
-    weight = torch.where(batch.trained, batch.advantage, torch.zeros_like(batch.advantage))[:, 1:]
-
-    def ours() -> int:
-        model.zero_grad(set_to_none=True)
-        for index in cut(batch, engine.micro_batch_tokens, "token"):
-            backward(engine, method, batch.rows(index), counts, Meter())
-        return int(batch.length.sum())
-
-    def theirs() -> int:
-        model.zero_grad(set_to_none=True)
-        logits = model(input_ids=batch.tokens, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        logp = torch.log_softmax(logits, dim=-1).gather(2, batch.tokens[:, 1:, None])[..., 0]
-        (-(logp * weight).sum() / counts[method.terms[0].name]).backward()
-        return int(batch.length.sum())
-
-    return ours, theirs, "padded rows, all logits"
+    if checks:
+        found = Table("the same work", "largest difference", "allowed", title="checks, fp32")
+        for check in checks:
+            found.add_row(check.check, f"{check.value:.2g}", f"{check.limit:g} {'met' if check.met else 'not met'}")
+        console.print(found)
+    machine = record["machine"]
+    console.print(f"{machine['processor']}, {machine['threads']} threads; torch {record['versions']['torch']}", highlight=False)
 
 
 if __name__ == "__main__":

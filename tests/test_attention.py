@@ -64,7 +64,7 @@ def test_long_rows_and_unknown_requests_go_to_the_fused_kernel(monkeypatch: pyte
         return "fused", None
 
     monkeypatch.setattr(attention, "sdpa_attention_forward", fused)
-    monkeypatch.setattr(attention, "LONGEST", 4)
+    monkeypatch.setattr(attention, "LONGEST_WIDE", 4)
     module = SimpleNamespace(is_causal=True, num_key_value_groups=1)
     short, long, one = (tensors(1, 1, 1, n, m, 0) for n, m in ((4, 4), (5, 5), (1, 9)))
     assert short_attention(module, *long, None)[0] == "fused"

@@ -20,8 +20,12 @@ from crosstrain.architecture import is_plain
 NAME = "crosstrain_short"
 """What transformers knows this attention by (`config._attn_implementation`)."""
 
-LONGEST = 320
-"""Columns up to which plain products are faster than torch's kernel on an AVX-512 processor; one query is always short."""
+LONGEST = {torch.bfloat16: 320}
+"""Columns up to which plain products are faster than torch's kernel, forward and backward, whose bf16 backward is slow; measured on
+an AVX-512 processor. One query is always short."""
+
+LONGEST_WIDE = 112
+"""The same for fp32, measured on a processor with AVX2."""
 
 
 def short_attention(
@@ -44,7 +48,7 @@ def short_attention(
     rows, heads, length, size = query.shape
     columns = key.shape[2]
     plain = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
-    if dropout or not plain or (length > 1 and columns > LONGEST) or _asks_for_more(kwargs):
+    if dropout or not plain or (length > 1 and columns > LONGEST.get(query.dtype, LONGEST_WIDE)) or _asks_for_more(kwargs):
         more = {**kwargs, "dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)  # type: ignore[no-any-return]
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32

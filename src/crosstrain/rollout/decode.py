@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from crosstrain.head import head_logits
+from crosstrain.llama import Llama, extend
 from crosstrain.prefix import common_start
 from crosstrain.rollout.cache import PreallocatedCache, merge
 from crosstrain.rollout.rows import Rows
@@ -41,6 +42,7 @@ SMALL_PREFILL = 512
 class Policy:
     """A model as the loops use it.
 
+    llama: the decoder written out (`crosstrain.llama`), or None where the model's own code runs.
     parameters: the head's, cast once; None where only the model's own forward knows the logits (see `check_head`).
     shares_start: whether prompts of one prefill may share the columns of what they start with. Not where attention counts columns
     (local windows, ALiBi): there may be unused ones between the start and the rest.
@@ -48,6 +50,7 @@ class Policy:
 
     model: Any
     decoder: Any
+    llama: Llama | None
     parameters: dict[str, Tensor] | None
     device: torch.device
     shares_start: bool = False
@@ -247,7 +250,9 @@ def _prefill(policy: Policy, asks: Sequence[Ask], rows: Rows) -> _Part:
 
 
 def _forward(policy: Policy, tokens: Tensor, positions: Tensor, cache: PreallocatedCache) -> Tensor:
-    """The hidden state of each line's last column, [L, D]. The model builds the mask, windows of local layers included."""
+    """The hidden state of each line's last column, [L, D]. A model's own code builds the mask, windows of local layers included."""
+    if policy.llama is not None:
+        return extend(policy.llama, tokens, positions, cache)
     mask = cache.mask(tokens.shape[1])
     states = policy.decoder(
         input_ids=tokens, position_ids=positions, attention_mask=mask.long(), past_key_values=cache, use_cache=True

@@ -11,6 +11,7 @@ import torch
 from crosstrain.architecture import has_local_attention, is_plain
 from crosstrain.errors import UserError
 from crosstrain.head import check_head, evaluation_mode, head_logits, head_parameters
+from crosstrain.llama import written_out
 from crosstrain.rollout.decode import Ask, Policy, cached, plain
 from crosstrain.rollout.rows import Rows
 from crosstrain.rollout.sampler import Completion, Prompt, Sampling, check_keys
@@ -87,9 +88,8 @@ class TorchSampler:
 def _policy(model: Any, known_head: bool) -> Policy:
     parameter = next(model.get_output_embeddings().parameters())
     head = head_parameters(model) if known_head else None
-    return Policy(
-        model, model.get_decoder(), head, parameter.device, shares_start=is_plain(model) and not has_local_attention(model)
-    )
+    shares_start = is_plain(model) and not has_local_attention(model)
+    return Policy(model, model.get_decoder(), written_out(model), head, parameter.device, shares_start)
 
 
 def _rows(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, stops: Sequence[int], seed: int, step: int) -> Rows:

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crosstrain.architecture import has_local_attention
 from crosstrain.head import head_logits, plain_head
+from crosstrain.llama import hidden_states, written_out
 from crosstrain.prefix import common_start
 from crosstrain.training.batching import cut, to_batch
 from crosstrain.training.token_logp import CHUNK, token_logp
@@ -249,6 +250,13 @@ def _tree_mask(ends: Tensor) -> Tensor:
 
 def _hidden_states(model: Any, lines: Lines, batch: Batch, embed: Callable[[Tensor, Batch], Tensor] | None) -> Tensor:
     """The decoder's last hidden states, [N, L, D]."""
+    llama = written_out(model)
+    if llama is not None:
+        embeds = None if embed is None else embed(model.get_input_embeddings()(lines.tokens), batch)
+        positions = (
+            lines.positions if lines.mask is not None else torch.arange(lines.tokens.shape[1], device=lines.tokens.device)[None]
+        )
+        return hidden_states(llama, lines.tokens, positions, lines.mask, embeds)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     inputs: dict[str, Any] = {"use_cache": False}
     if embed is None:

@@ -1,0 +1,166 @@
+"""Our side: `python -m benchmarks.ours WORK PRECISION ROWS MODEL`, a worker."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.settings import BATCH, BETA, GENERATIONS, LEARNING_RATE, NEW_TOKENS
+from benchmarks.worker import Pace, serve
+from crosstrain import assemble
+from crosstrain.head import evaluation_mode
+from crosstrain.methods import load_method
+from crosstrain.models import load_model, resolve_device
+from crosstrain.rewards import RewardPool, load_reward
+from crosstrain.rollout import Prompt, Sampling
+from crosstrain.rollout.torch_sampler import TorchSampler
+from crosstrain.training.loop import Engine, Progress, StageSettings, train_stage
+from crosstrain.training.optimizer import Optimizer
+from crosstrain.training.score import choose_layout
+from crosstrain.types import Example, Method, Source, Trajectory
+
+Step = Callable[[], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class InOrder:
+    """A stream whose examples come as they stand, again and again."""
+
+    examples: tuple[Example, ...]
+
+    def draw(self, position: int, n: int) -> tuple[list[Example], int]:
+        """`n` examples from `position` on, and the position after them."""
+        size = len(self.examples)
+        return [self.examples[i % size] for i in range(position, position + n)], position + n
+
+
+def main() -> None:
+    """Load what the work needs and do its steps when asked."""
+    parser = argparse.ArgumentParser(prog="benchmarks.ours")
+    parser.add_argument("work")
+    parser.add_argument("precision")
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("model")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    pace = Pace()
+    rows = json.loads(options.rows.read_text(encoding="utf-8"))
+    device = resolve_device(options.device)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    model, tokenizer = load_model(options.model, dtype=dtype, device=device)
+    name, _, more = options.work.partition(":")
+    with ExitStack() as stack:
+        if name == "generate":
+            size, _, way = more.partition(":")
+            step = generating(model, tokenizer, rows["prompts"][: int(size)], greedy=way == "greedy")
+        else:
+            step = training(name, model, tokenizer, options.precision, rows, device, stack)
+        serve(pace, step)
+
+
+def training(
+    name: str, model: Any, tokenizer: Any, precision: Any, rows: Mapping[str, Any], device: torch.device, stack: ExitStack
+) -> Step:
+    """Steps of the real loop."""
+    method: Method = {
+        "sft": lambda: load_method("sft"),
+        "documents": lambda: load_method("sft"),
+        "dpo": lambda: load_method("dpo", beta=BETA),
+        "grpo": lambda: load_method("grpo", num_generations=GENERATIONS, beta=0.0),
+    }[name]()
+    kind = {"grpo": "prompts"}.get(name, name)
+    examples = tuple(EXAMPLES[name](i, row) for i, row in enumerate(rows[kind]))
+    optimizer = Optimizer(model, precision)
+    sampler = rewards = None
+    if name == "grpo":
+        sampler = TorchSampler(model, stop_token_ids=assemble.stop_tokens(model, tokenizer))
+        reward = load_reward(f"{Path(__file__).parent / 'reward.py'}:last_number")
+        pool = stack.enter_context(RewardPool([reward], [1.0]))
+
+        def rewards(groups: Any) -> Any:
+            return pool.score(groups, lambda t: tokenizer.decode(t, skip_special_tokens=True), score_expert=True)[0]
+
+    engine = Engine(
+        model=model,
+        parameters=sum(p.numel() for p in model.parameters()),
+        layout=choose_layout(model),
+        device=device,
+        streams={"train": InOrder(examples)},
+        sampler=sampler,
+        sampling=Sampling(max_completion_length=NEW_TOKENS),
+        rewards=rewards,
+        reference=assemble.make_reference(model, lora=False) if name == "dpo" else None,
+    )
+    optimizer.begin()
+    settings = StageSettings(BATCH[name], LEARNING_RATE, max_steps=10**9)
+    steps = train_stage(engine, method, settings, optimizer, Progress())
+
+    def step() -> Mapping[str, Any]:
+        done = next(steps)
+        groups = done.groups
+        amount = {
+            "sft": lambda: sum(len(t.tokens) for g in groups for t in g.trajectories),
+            "documents": lambda: sum(len(t.tokens) - 1 for g in groups for t in g.trajectories),
+            "dpo": lambda: sum(len(t.tokens) for g in groups for t in g.trajectories),
+            "grpo": lambda: sum(len(g.trajectories) for g in groups),
+        }[name]()
+        wanted = ("loss", "rewards/margins", "reward", "completions/mean_length")
+        return {"amount": amount, **{k: done.metrics[k] for k in wanted if k in done.metrics}}
+
+    return step
+
+
+def _supervised(i: int, row: Mapping[str, Any]) -> Example:
+    prompt = tuple(row["prompt"])
+    return Example(f"train:{i}", "", prompt, (_trajectory(prompt, row["completion"]),))
+
+
+def _document(i: int, row: Mapping[str, Any]) -> Example:
+    first, *rest = row["tokens"]
+    return Example(f"train:{i}", "", (first,), (_trajectory((first,), rest),))
+
+
+def _pair(i: int, row: Mapping[str, Any]) -> Example:
+    prompt = tuple(row["prompt"])
+    return Example(
+        f"train:{i}", "", prompt, (_trajectory(prompt, row["chosen"], 1.0), _trajectory(prompt, row["rejected"], 0.0))
+    )
+
+
+def _question(i: int, row: Mapping[str, Any]) -> Example:
+    return Example(f"train:{i}", row["text"], tuple(row["prompt"]), columns={"answer": row["answer"]})
+
+
+def _trajectory(prompt: tuple[int, ...], answer: list[int], reward: float | None = None) -> Trajectory:
+    source = (Source.PROMPT,) * len(prompt) + (Source.EXPERT,) * len(answer)
+    return Trajectory((*prompt, *answer), source, reward=reward)
+
+
+EXAMPLES = {"sft": _supervised, "documents": _document, "dpo": _pair, "grpo": _question}
+
+
+def generating(model: Any, tokenizer: Any, prompts: list[Any], *, greedy: bool) -> Step:
+    """One completion of each prompt; sampled ones all have the full length, since nothing ends them."""
+    sampler = TorchSampler(model, stop_token_ids=())
+    asked = [Prompt(tuple(p["prompt"]), 1, str(i)) for i, p in enumerate(prompts)]
+    sampling = Sampling(temperature=0.0 if greedy else 1.0, max_completion_length=NEW_TOKENS)
+    turn = iter(range(10**9))
+
+    def step() -> Mapping[str, Any]:
+        with evaluation_mode(model):
+            found = sampler.sample(asked, sampling, seed=0, step=next(turn))
+        tokens = [list(c.tokens) for cs in found for c in cs]
+        return {"amount": sum(map(len, tokens)), **({"tokens": tokens} if greedy else {})}
+
+    return step
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Two workers that take turns, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TQDM_DISABLE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "WANDB_DISABLED": "true",
+}
+"""The same for both sides; threads and allocator are left as the system has them."""
+
+
+class WorkerFailed(RuntimeError):
+    """A worker ended where an answer was due; the message has the end of its log."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A worker: its command, a name for its log, and what its settings are called in the table."""
+
+    command: Sequence[str]
+    name: str
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What a worker said of each step after the warm-up."""
+
+    lines: tuple[dict[str, Any], ...]
+
+    @property
+    def seconds(self) -> list[float]:
+        """Seconds per unit of work, step by step."""
+        return [line["seconds"] / line["amount"] for line in self.lines]
+
+    @property
+    def speed(self) -> float:
+        """Units of work per second, the median."""
+        return 1 / statistics.median(self.seconds)
+
+    @property
+    def memory_gb(self) -> float:
+        """The peak of all steps, in GiB."""
+        return max(float(line["memory_gb"]) for line in self.lines)
+
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of a step, the median."""
+        return statistics.median(line["seconds"] for line in self.lines)
+
+
+class Worker:
+    """A running worker."""
+
+    def __init__(self, side: Side, logs: Path) -> None:
+        self.side, self.log = side, logs / f"{side.name}.log"
+        logs.mkdir(parents=True, exist_ok=True)
+        self._process = subprocess.Popen(
+            side.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log.open("w", encoding="utf-8"),
+            text=True,
+            env={**os.environ, **ENVIRONMENT},
+        )
+        self.facts = self._read()
+
+    def step(self) -> dict[str, Any]:
+        """Ask for a step and wait for it."""
+        self._say("go")
+        return self._read()
+
+    def stop(self) -> None:
+        """End it, by force where it does not end by itself."""
+        if self._process.poll() is None:
+            try:
+                self._say("stop")
+                self._process.wait(timeout=20)
+            except (subprocess.TimeoutExpired, BrokenPipeError):
+                self._process.kill()
+                self._process.wait()
+
+    def _say(self, word: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(word + "\n")
+        self._process.stdin.flush()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            end = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
+            self._process.kill()
+            raise WorkerFailed(f"{self.side.name} ended without an answer; {self.log}:\n  " + "\n  ".join(end))
+        return dict(json.loads(line))
+
+
+@contextmanager
+def running(side: Side, logs: Path) -> Iterator[Worker]:
+    """A worker that is ready, ended afterwards whatever happens."""
+    worker = Worker(side, logs)
+    try:
+        yield worker
+    finally:
+        worker.stop()
+
+
+def alone(side: Side, logs: Path, steps: int, warmup: int = 1) -> Steps:
+    """Steps of one worker."""
+    with running(side, logs) as worker:
+        lines = [worker.step() for _ in range(warmup + steps)]
+    return Steps(tuple(lines[warmup:]))
+
+
+def in_turn(ours: Side, peer: Side, logs: Path, steps: int, warmup: int = 1) -> tuple[Steps, Steps]:
+    """Steps of two workers, one each in turn."""
+    with running(ours, logs) as one, running(peer, logs) as other:
+        lines = [(one.step(), other.step()) for _ in range(warmup + steps)]
+    return Steps(tuple(a for a, _ in lines[warmup:])), Steps(tuple(b for _, b in lines[warmup:]))
+
+
+def fastest(sides: Sequence[Side], logs: Path, steps: int = 1) -> tuple[Side, dict[str, float]]:
+    """The side that does most per second, each tried alone after a warm-up, and what each did; one that fails does nothing."""
+    speeds: dict[str, float] = {}
+    for side in sides:
+        try:
+            speeds[side.label] = alone(side, logs, steps).speed
+        except WorkerFailed as error:
+            print(f"    {side.label}: {str(error).splitlines()[-1].strip()}", flush=True)
+            speeds[side.label] = 0.0
+    return max(sides, key=lambda s: speeds[s.label]), speeds

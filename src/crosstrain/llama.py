@@ -1,0 +1,308 @@
+"""The forward pass of Llama-like decoders, written out: Llama, Mistral, Qwen2, Qwen3, Gemma and what is built like them.
+
+The weights stay the model's own parameters: those that are multiplied with the same input (query, key and value; gate and up) lie
+one under another in one piece of memory, of which they are views, so that one matrix product takes them all and an optimizer's step
+shows at once. Any other model, and one of these with something added (adapters, hooks, local attention), runs its own code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from crosstrain import attention
+from crosstrain.fused import Gate, gated, gated_mlp, norm_linear, rms_norm, rotate, turned
+
+KINDS = {"llama": 0.0, "mistral": 0.0, "qwen2": 0.0, "qwen3": 0.0, "gemma": 1.0}
+"""Served kinds of model, and what their norms add to their weights."""
+
+GATES: dict[str, Gate] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+CLOSE = 1e-4
+"""Largest distance from the model's own hidden states as a share of their size, in fp32. In bf16 a tenth of it, in the mean."""
+
+
+Fused = tuple[tuple[Tensor, Tensor], ...]
+"""Of every layer, the weights of query, key and value, and of gate and up, one under another."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: the model's modules, and its fused weights. qkv: [(H + 2 K) D, E]. gate_up: [2 I, E]."""
+
+    module: Any
+    qkv: Tensor
+    gate_up: Tensor
+
+
+@dataclass(frozen=True)
+class Llama:
+    """A decoder that this file can run. heads, keys: of queries, and of keys and values. size: of a head."""
+
+    decoder: Any
+    layers: tuple[Layer, ...]
+    heads: int
+    keys: int
+    size: int
+    eps: float
+    gate: Gate
+    added: float
+
+    @property
+    def scaling(self) -> float:
+        """What scores are multiplied with."""
+        return float(self.layers[0].module.self_attn.scaling)
+
+
+def why_not(model: Any) -> str:
+    """Why a model is run by its own code; empty when `written_out` takes it.
+
+    Found from what it is made of, and by trying: its own hidden states of a few tokens must come out.
+    """
+    return _look(model)[1]
+
+
+def written_out(model: Any) -> Llama | None:
+    """The model's decoder as this file runs it, or None. Cheap after the first call; weights that were moved are fused again."""
+    return _look(model)[0]
+
+
+_found: WeakKeyDictionary[Any, tuple[Fused, str]] = WeakKeyDictionary()
+"""Of each decoder, its fused weights and why it is not served. What is kept must not refer to the decoder, which it would keep."""
+
+
+def _look(model: Any) -> tuple[Llama | None, str]:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    if reason := _made_of_more(model, decoder):
+        return None, reason
+    if decoder not in _found:
+        gap = _gap(_describe(decoder, fused := _fuse(decoder)))
+        _found[decoder] = (fused, "" if gap < 1 else f"its hidden states came out otherwise, by {gap:.1f} times the bound")
+    fused, reason = _found[decoder]
+    if not reason and not _are_views(decoder, fused):
+        fused = _fuse(decoder)
+        _found[decoder] = (fused, "")
+    return (None if reason else _describe(decoder, fused)), reason
+
+
+def hidden_states(llama: Llama, tokens: Tensor, positions: Tensor, mask: Tensor | None, embeds: Tensor | None = None) -> Tensor:
+    """The decoder's last hidden states, [N, L, E], with gradient.
+
+    tokens: [N, L]. positions: [N or 1, L]. mask: [N or 1, 1, L, L] bool, who sees whom, or None for causal rows without padding.
+    embeds: [N, L, E], in place of the tokens' embeddings.
+    """
+    x = llama.decoder.embed_tokens(tokens) if embeds is None else embeds
+    rows, length, width = x.shape
+    cos, sin = _angles(llama, x, positions)
+    x = x.reshape(-1, width)
+    for layer in llama.layers:
+        m, a = layer.module, layer.module.self_attn
+        parts = (a.q_proj, a.k_proj, a.v_proj)
+        biases = tuple(p.bias for p in parts if p.bias is not None)
+        norm = _norm_weight(m.input_layernorm, llama)
+        qkv = norm_linear(x, norm, llama.eps, [p.weight for p in parts], biases, layer.qkv).view(rows, length, -1)
+        query, key, value = _heads(llama, layer, qkv, cos, sin, grad=True)
+        mixed = _attention(a, query, key, value, mask, llama.scaling).reshape(len(x), -1)
+        x = _project(a.o_proj, mixed, x)
+        norm = _norm_weight(m.post_attention_layernorm, llama)
+        mlp = m.mlp
+        x = gated_mlp(
+            x, norm, llama.eps, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, layer.gate_up, llama.gate
+        )
+    return rms_norm(x, _norm_weight(llama.decoder.norm, llama), llama.eps).view(rows, length, width)
+
+
+@torch.no_grad()
+def extend(llama: Llama, tokens: Tensor, positions: Tensor, cache: Any) -> Tensor:
+    """Run new columns of a `PreallocatedCache`, whose keys and values are added to it: the last column's hidden states, [N, E].
+
+    tokens, positions: [N, L]; a new column sees the real ones before it in its row, and itself.
+    """
+    x = llama.decoder.embed_tokens(tokens)
+    rows, length, width = x.shape
+    cos, sin = _angles(llama, x, positions)
+    mask = _seen(cache, length)
+    x = x.reshape(-1, width)
+    last = len(llama.layers) - 1
+    for i, layer in enumerate(llama.layers):
+        m, a = layer.module, layer.module.self_attn
+        bias = torch.cat([a.q_proj.bias, a.k_proj.bias, a.v_proj.bias]) if a.q_proj.bias is not None else None
+        qkv = F.linear(rms_norm(x, _norm_weight(m.input_layernorm, llama), llama.eps), layer.qkv, bias).view(rows, length, -1)
+        query, key, value = _heads(llama, layer, qkv, cos, sin, grad=False)
+        key, value = cache.update(key, value, i)
+        if i == last and length > 1:  # nobody reads the other columns of the last layer
+            query, x = query[:, :, -1:], x.view(rows, length, width)[:, -1]
+            mask = None if mask is None else mask[:, :, -1:]
+        mixed = _attention(a, query, key, value, mask, llama.scaling).reshape(len(x), -1)
+        x = _project(a.o_proj, mixed, x)
+        gate_up = F.linear(rms_norm(x, _norm_weight(m.post_attention_layernorm, llama), llama.eps), layer.gate_up)
+        x = torch.addmm(x, gated(gate_up, llama.gate), m.mlp.down_proj.weight.T)
+    cache.advance(length)
+    return rms_norm(x, _norm_weight(llama.decoder.norm, llama), llama.eps)
+
+
+def _seen(cache: Any, length: int) -> Tensor | None:
+    """[N, 1, L, S] bool: who sees whom when `length` columns are added; None where every row sees all before it."""
+    real = cache.mask(length)
+    # asking whether all are real would wait for a card
+    if real.device.type == "cpu" and bool(real.all()) and (length == 1 or cache.length == 0):
+        return None
+    columns = real.shape[1]
+    causal = torch.ones(length, columns, dtype=torch.bool, device=real.device).tril(columns - length)
+    return (real[:, None, :] & causal)[:, None]
+
+
+def _heads(llama: Llama, layer: Layer, qkv: Tensor, cos: Tensor, sin: Tensor, *, grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [N, H, L, D], keys and values [N, K, L, D] at their positions, from [N, L, (H + 2 K) D]."""
+    a, both = layer.module.self_attn, llama.heads + llama.keys
+    if hasattr(a, "q_norm"):
+        q, k, v = (t.unflatten(-1, (-1, llama.size)) for t in qkv.split(_sizes(llama), dim=-1))
+        q, k = rms_norm(q, a.q_norm.weight, llama.eps), rms_norm(k, a.k_norm.weight, llama.eps)
+        qkv = torch.cat([q, k, v], dim=2).flatten(2)
+    if grad:
+        heads = turned(qkv, cos, sin, both, llama.size).unflatten(-1, (-1, llama.size))
+    else:
+        heads = qkv.unflatten(-1, (-1, llama.size))
+        heads = torch.cat([rotate(heads[:, :, :both], cos, sin), heads[:, :, both:]], dim=2)
+    query, key, value = heads.transpose(1, 2).split([llama.heads, llama.keys, llama.keys], dim=1)
+    return query, key, value
+
+
+def _sizes(llama: Llama) -> list[int]:
+    return [llama.heads * llama.size, llama.keys * llama.size, llama.keys * llama.size]
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """[N, L, H, D]; ours on a processor, torch's fused kernel elsewhere."""
+    attend = attention.short_attention if query.device.type == "cpu" else sdpa_attention_forward
+    return attend(module, query, key, value, mask, scaling=scaling, is_causal=None)[0]
+
+
+def _project(linear: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
+    added = torch.addmm(residual, x, linear.weight.T)
+    return added if linear.bias is None else added + linear.bias
+
+
+def _angles(llama: Llama, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [N, L, D / 2] of the model's own rotary embedding, which repeats them for both halves of a head."""
+    cos, sin = llama.decoder.rotary_emb(x, positions)
+    half = llama.size // 2
+    return cos[..., :half].contiguous(), sin[..., :half].contiguous()
+
+
+def _norm_weight(norm: Any, llama: Llama) -> Tensor:
+    weight: Tensor = norm.weight
+    return weight + llama.added if llama.added else weight
+
+
+# --- what a model is made of --------------------------------------------------------------------------------------------
+
+
+def _made_of_more(model: Any, decoder: Any) -> str:
+    """What a model has that this file does not compute; empty when nothing was found."""
+    if not isinstance(decoder, PreTrainedModel):
+        return f"its decoder is a {type(decoder).__name__}"
+    config = decoder.config
+    kind = config.model_type
+    if kind not in KINDS:
+        return f"its kind, {kind}, is not written out"
+    if config._attn_implementation not in ("sdpa", attention.NAME):
+        return f"its attention is set to {config._attn_implementation}"
+    if config.hidden_act not in GATES and getattr(config, "hidden_activation", None) not in GATES:
+        return f"its activation is {config.hidden_act}"
+    if "full_attention" not in (layers := set(getattr(config, "layer_types", None) or ["full_attention"])) or len(layers) > 1:
+        return "it has local attention"
+    if getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True):
+        return "it has local attention"
+    if getattr(config, "attention_dropout", 0.0) and model.training:
+        return "it has attention dropout"
+    if getattr(decoder, "gradient_checkpointing", False) and model.training:
+        return "gradient checkpointing is on"
+    return next(_additions(decoder), "")
+
+
+def _additions(decoder: Any) -> Iterator[str]:
+    """Modules that do more than their class says."""
+    for name, module in decoder.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or is_parametrized(module):
+            yield f"{name or 'the decoder'} has hooks or a parametrization"
+    for layer in decoder.layers:
+        a, mlp = layer.self_attn, layer.mlp
+        for linear in (a.q_proj, a.k_proj, a.v_proj, a.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            if type(linear) is not nn.Linear:
+                yield f"it has {type(linear).__name__} layers"
+        if any(linear.bias is not None for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
+            yield "its MLP has biases"
+
+
+def _describe(decoder: Any, fused: Fused) -> Llama:
+    config = decoder.config
+    first = decoder.layers[0].self_attn
+    size = int(first.head_dim)
+    activation = config.hidden_act if config.hidden_act in GATES else config.hidden_activation
+    return Llama(
+        decoder=decoder,
+        layers=tuple(Layer(layer, *weights) for layer, weights in zip(decoder.layers, fused, strict=True)),
+        heads=first.q_proj.out_features // size,
+        keys=first.k_proj.out_features // size,
+        size=size,
+        eps=float(config.rms_norm_eps),
+        gate=GATES[activation],
+        added=KINDS[config.model_type],
+    )
+
+
+def _together(layer: Any) -> tuple[tuple[nn.Linear, ...], tuple[nn.Linear, ...]]:
+    """The layers that read the same input: query, key and value; gate and up."""
+    a, mlp = layer.self_attn, layer.mlp
+    return (a.q_proj, a.k_proj, a.v_proj), (mlp.gate_proj, mlp.up_proj)
+
+
+def _fuse(decoder: Any) -> Fused:
+    """Every layer's weights that read the same input in one tensor, of which the parameters are views from then on."""
+
+    def one(linears: tuple[nn.Linear, ...]) -> Tensor:
+        fused = torch.cat([linear.weight.detach() for linear in linears])
+        for linear, part in zip(linears, fused.split([linear.out_features for linear in linears]), strict=True):
+            linear.weight.data = part
+        return fused
+
+    return tuple((one(qkv), one(gate_up)) for qkv, gate_up in map(_together, decoder.layers))
+
+
+def _are_views(decoder: Any, fused: Fused) -> bool:
+    """Whether the parameters still are the views that `_fuse` made: casting or moving a model gives them other memory."""
+    for layer, tensors in zip(decoder.layers, fused, strict=True):
+        for linears, tensor in zip(_together(layer), tensors, strict=True):
+            at = tensor.data_ptr()
+            for linear in linears:
+                if linear.weight.data_ptr() != at or linear.weight.dtype != tensor.dtype:
+                    return False
+                at += linear.weight.numel() * linear.weight.element_size()
+    return True
+
+
+def _gap(llama: Llama) -> float:
+    """Distance of our hidden states of a few tokens from the model's own, in units of what is allowed."""
+    vocabulary = int(llama.decoder.config.vocab_size)
+    device = llama.layers[0].qkv.device
+    ids = torch.tensor([[(7 * i + 3) % vocabulary for i in range(9)]], device=device)
+    training = llama.decoder.training
+    llama.decoder.eval()
+    with torch.no_grad():
+        expected = llama.decoder(input_ids=ids, use_cache=False).last_hidden_state.float()
+        found = hidden_states(llama, ids, torch.arange(9, device=device)[None], None).float()
+    llama.decoder.train(training)
+    apart, exact = (found - expected).abs(), llama.layers[0].qkv.dtype in (torch.float32, torch.float64)
+    share = float((apart.max() if exact else apart.mean()) / expected.abs().mean())
+    return math.inf if math.isnan(share) else share / (CLOSE if exact else 0.1)
