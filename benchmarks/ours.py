@@ -23,6 +23,7 @@ from crosstrain.rollout import Prompt, Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
 from crosstrain.training.loop import Engine, Progress, StageSettings, train_stage
 from crosstrain.training.optimizer import Optimizer
+from crosstrain.training.reference import known_reference
 from crosstrain.training.score import choose_layout
 from crosstrain.types import Example, Method, Source, Trajectory
 
@@ -96,7 +97,7 @@ def training(
         sampler=sampler,
         sampling=Sampling(max_completion_length=NEW_TOKENS),
         rewards=rewards,
-        reference=assemble.make_reference(model, lora=False) if name == "dpo" else None,
+        known_reference=known_reference(model, examples) if name == "dpo" else None,
     )
     optimizer.begin()
     settings = StageSettings(BATCH[name], LEARNING_RATE, max_steps=10**9)

@@ -135,6 +135,32 @@ def test_dpo_compares_with_the_model_it_started_from(world: Path, tmp_path: Path
     assert (result.folder / "model" / "adapter").is_dir() == (lora is not None)
 
 
+@pytest.mark.parametrize(("stages", "lora"), [(1, None), (2, None), (1, {"r": 2})])
+def test_a_reference_that_is_computed_beforehand_gives_the_same_run(
+    world: Path, tmp_path: Path, stages: int, lora: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the base, and of where a second stage starts."""
+    monkeypatch.setenv("CROSSTRAIN_CACHE", str(tmp_path / "cache"))
+    more = {"data": str(world / "pairs.jsonl"), "model": {"name": str(world / "model"), "lora": lora}, "rewards": None}
+    asked, plain = (
+        lines(crosstrain.train(recipe(world, *[stage] * stages, **more), tmp_path / f"{flag}").folder)
+        for flag in (True, False)
+        for stage in [{"method": "dpo", "precompute_ref_log_probs": flag}]
+    )
+    assert len(list((tmp_path / "cache" / "reference").iterdir())) == stages
+    for one, other in zip(asked, plain, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert one["rewards/margins"] == pytest.approx(other["rewards/margins"], abs=1e-5)
+        assert one["cost/flops"] == other["cost/flops"]
+    assert asked[1]["rewards/margins"] != 0
+
+
+@pytest.mark.parametrize(("method", "why"), [("sft", "compares with no reference"), (GRPO, "do not exist yet")])
+def test_a_reference_that_cannot_be_computed_beforehand_is_refused(world: Path, tmp_path: Path, method: Any, why: str) -> None:
+    with pytest.raises(UserError, match=f"stage 0: precompute_ref_log_probs is true, but .*{why}"):
+        crosstrain.train(recipe(world, {"method": method, "precompute_ref_log_probs": True}), tmp_path / "run")
+
+
 def test_the_second_stages_reference_is_where_it_started(world: Path, tmp_path: Path) -> None:
     crosstrain.train(recipe(world, {"method": "sft", "learning_rate": 1e-3}, GRPO), tmp_path / "run")
     # at the first step of GRPO the policy is its reference; from the base it is two steps away
@@ -367,8 +393,9 @@ def test_settings_that_no_stage_uses_are_warnings(world: Path, tmp_path: Path) -
 def test_the_plan_says_what_would_happen_and_writes_nothing(world: Path, tmp_path: Path) -> None:
     planned = run.plan(run.as_recipe(recipe(world, "sft", GRPO, output_dir=str(tmp_path / "run"))))
     assert [(s.method, s.steps) for s in planned.stages] == [("sft", 2), ("grpo", 2)]
-    assert planned.stages[1].cost.generated_tokens == 2 * 3 * 3 * 2
+    assert 2 * 3 * 3 <= planned.stages[1].cost.generated_tokens <= 2 * 3 * 3 * 5
     shown = str(planned)
+    assert "predicted: 4 steps, " in shown
     assert "data: train, 6 rows" in shown
     assert "rl: max(-A r, -A clip(r)), r = pi / old per sequences" in shown
     assert not (tmp_path / "run").exists()

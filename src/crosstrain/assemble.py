@@ -172,7 +172,10 @@ def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
 
 
 def check_reference(recipe: Recipe, method: Method, stage: int) -> None:
-    """Before step 1: the reference that a stage compares with can be kept."""
+    """Before step 1: the reference that a stage compares with can be kept, and computed beforehand where that is asked for."""
+    if recipe.stages[stage].precompute_ref_log_probs and (method.plan.samples or "ref_logp" not in method.needs):
+        why = "trains on completions that do not exist yet" if method.plan.samples else "compares with no reference"
+        raise UserError(f"stage {stage}: precompute_ref_log_probs is true, but {method.name} {why}; leave it out")
     later = stage > 0 and "ref_logp" in method.needs and method.reference == "stage_start"
     if later and recipe.model.lora is not None:
         raise UserError(

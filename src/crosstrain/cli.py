@@ -26,7 +26,7 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. stages.0.learning_rate=1e-5.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan and the estimated cost, and stop.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan and what it will take, and stop.")]
 ModelOrRun = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Bundled name, model folder, hub id, or run folder.")]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -19,18 +18,22 @@ from crosstrain.card import model_card
 from crosstrain.config import Recipe, Stage, config_hash, load_recipe, parse
 from crosstrain.data import template_hash
 from crosstrain.errors import UserError, nearest
-from crosstrain.evaluate import BaseAnswers, evaluate_model, measure_dev
+from crosstrain.evaluate import BaseAnswers, measure_dev
+from crosstrain.llama import why_not
 from crosstrain.memory import give_back
-from crosstrain.models import describe_model, resolve_device, save_model
+from crosstrain.models import describe_model, save_model
 from crosstrain.planning import RunPlan, plan
+from crosstrain.prediction import plan_stages, predict
+from crosstrain.prepare import base_engine, known_base, known_log_probs, prepare
 from crosstrain.rewards.child import check_not_in_worker
+from crosstrain.run_evaluation import asks_nothing, evaluate_base, evaluate_trained
 from crosstrain.run_folder import RunResult, folder_of, now, open_folder, result_of
 from crosstrain.training import checkpoint
 from crosstrain.training.checkpoint import Checkpoint, write_folder, write_json
 from crosstrain.training.cost import Cost
 from crosstrain.training.display import Display
 from crosstrain.training.loop import Engine, Progress, stage_progress, train_stage
-from crosstrain.training.optimizer import Optimizer
+from crosstrain.training.probe import matmul_speed
 from crosstrain.training.record import (
     append_lines,
     completion_lines,
@@ -40,7 +43,9 @@ from crosstrain.training.record import (
     reset_peak_memory,
     versions,
 )
+from crosstrain.training.reference import Known
 from crosstrain.training.switch import Plateau
+from crosstrain.training.tally import Tally
 from crosstrain.training.trackers import Log, trackers
 from crosstrain.types import Method
 
@@ -93,39 +98,32 @@ class _Run:
     ) -> None:
         self.recipe, self.folder, self.record, self.display, self.base = recipe, folder, record, display, base
         reset_peak_memory()
-        self.device = resolve_device(recipe.device)
-        self.methods = [assemble.stage_method(stage) for stage in recipe.stages]
-        self.model, self.tokenizer = assemble.load_base(recipe, self.device)
-        self.loaded = assemble.load_streams(recipe, self.tokenizer)
-        for i, method in enumerate(self.methods):
-            assemble.check_data(method, self.loaded)
-            assemble.check_reference(recipe, method, i)
-        assemble.check_evaluation(recipe, self.tokenizer)
-        self.precision = assemble.resolve_precision(recipe, self.device)
-        self.optimizer = Optimizer(self.model, self.precision)
+        self.ready = ready = prepare(recipe)
+        self.device, self.methods, self.model, self.tokenizer = ready.device, ready.methods, ready.model, ready.tokenizer
+        self.loaded, self.precision, self.optimizer = ready.loaded, ready.precision, ready.optimizer
+        self.peak_memory_gb = 0.0
+        self.known: dict[int, Known] = {}
         self.progress = Progress()
         self.plateau = Plateau()
         self.best: dict[str, Any] = {}
         self.started = False
 
     def to_the_end(self, save_weights: bool) -> RunResult:
-        samples = any(m.plan.samples for m in self.methods)
         with assemble.reward_scorer(self.recipe, self.tokenizer) as rewards:
-            for method in self.methods:
-                assemble.check_rewards(method, rewards)
-            engine = assemble.make_engine(
-                self.recipe, self.model, self.tokenizer, self.loaded, rewards, self.device, samples=samples
-            )
+            engine = base_engine(self.recipe, self.ready, rewards)
             self._note_start(engine)
-            base_reference = self._reference("base")
+            self._predict(engine)
+            self.known = known_base(self.recipe, self.ready, engine)
             self._resume()
+            self._forget_peak()  # of loading: what is measured is training
             self.display.start(self.folder.name, self._done())
             try:
                 with self._trackers() as log:
                     while self.progress.stage < len(self.recipe.stages):
-                        self._stage(engine, base_reference, log)
+                        self._stage(engine, log)
             finally:
                 self.display.finish()
+        self.progress.tally = self.progress.tally.held(peak_memory_gb(self.device))
         if self.best:
             self.optimizer.set_weights(load_file(self.folder / "best" / "weights.safetensors"))
         self.optimizer.end()
@@ -142,15 +140,12 @@ class _Run:
         config = {**self.recipe.model_dump(mode="json"), "recipe_hash": config_hash(self.recipe)}
         return trackers(self.recipe.report_to, project="crosstrain", run=self.folder.name, config=config)
 
-    def _stage(self, engine: Engine, base_reference: Any, log: Log) -> None:
+    def _stage(self, engine: Engine, log: Log) -> None:
         stage, method = self.recipe.stages[self.progress.stage], self.methods[self.progress.stage]
         settings = assemble.stage_settings(self.recipe, stage)
         if not self.started:
             self._begin(stage, method)
-        reference = base_reference
-        if "ref_logp" in method.needs and method.reference == "stage_start" and self.progress.stage > 0:
-            reference = self._stage_start_reference()
-        engine = replace(engine, reference=reference)
+        engine = self._with_reference(engine, stage, method)
         why = "max_steps" if settings.max_steps else "budget"
         lines: list[dict[str, Any]] = []
         share = stage_progress(settings, self.progress)
@@ -219,12 +214,18 @@ class _Run:
         if "ref_logp" in method.needs and method.reference == "stage_start" and not first:
             write_folder(self.folder / "reference", lambda d: save_file(self._weights(), d / "weights.safetensors"))
 
-    # --- references -------------------------------------------------------------------------------------------------
-
-    def _reference(self, wanted: str) -> Any:
-        """The frozen base, made before training starts, if any stage compares with it."""
-        needed = any("ref_logp" in m.needs for m in self.methods)
-        return assemble.make_reference(self.model, self.recipe.model.lora is not None) if needed else None
+    def _with_reference(self, engine: Engine, stage: Stage, method: Method) -> Engine:
+        """The engine with what the stage compares with: a model, or its log-probs of all data."""
+        if "ref_logp" in method.needs and method.reference == "stage_start" and self.progress.stage > 0:
+            engine = replace(engine, reference=self._stage_start_reference())
+        if not stage.precompute_ref_log_probs:
+            return engine
+        known = self.known.get(self.progress.stage)
+        if known is None:
+            assert engine.reference is not None
+            with engine.reference() as model:
+                known = known_log_probs(engine, method, model)
+        return replace(engine, reference=None, known_reference=known)
 
     def _stage_start_reference(self) -> Any:
         current = {n: m.clone() for n, m in self.optimizer.weights().items()}
@@ -266,25 +267,9 @@ class _Run:
         return self.plateau.looks >= stage.until.patience
 
     def _evaluate(self) -> dict[str, Any] | None:
-        spec = self.recipe.evaluation
-        if not (spec.in_distribution or spec.out_of_distribution or spec.forgetting or spec.divergence):
+        if asks_nothing(self.recipe):
             return None
-        if spec.divergence and self.base is None and (spec.in_distribution or spec.out_of_distribution):
-            self.base = evaluate_base(self.recipe, self.folder / "base", display=self.display)
-        self.display.note("evaluating")
-        found = evaluate_model(
-            self.model,
-            self.tokenizer,
-            spec,
-            sampling=self.recipe.sampling,
-            seed=0,
-            base=self.base,
-            base_model=assemble.load_frozen_base(self.recipe, self.device) if spec.divergence else None,
-        )
-        write_json(self.folder / "evaluation.json", found.evaluation)
-        (self.folder / "samples.jsonl").unlink(missing_ok=True)
-        append_lines(self.folder / "samples.jsonl", found.samples)
-        return dict(found.evaluation)
+        return evaluate_trained(self.recipe, self.model, self.tokenizer, self.folder, base=self.base, display=self.display)
 
     def _done(self) -> float:
         """Share of the whole run that is done."""
@@ -306,6 +291,7 @@ class _Run:
         return {n: w.contiguous().cpu() for n, w in self.optimizer.weights().items()}
 
     def _save(self) -> None:
+        self.progress.tally = self.progress.tally.held(peak_memory_gb(self.device))
         state = {
             "progress": {**asdict(self.progress), "state": dict(self.progress.state)},
             "plateau": asdict(self.plateau),
@@ -326,8 +312,9 @@ class _Run:
         if place is not None:
             found = checkpoint.load(place)
             saved = dict(found.state["progress"])
+            saved_tally = saved.pop("tally", {})  # not in checkpoints of earlier versions
             costs = {name: Cost(**saved.pop(name)) for name in ("cost", "stage_cost")}
-            self.progress = Progress(**saved, **costs)
+            self.progress = Progress(**saved, **costs, tally=Tally(**saved_tally))
             self.plateau = Plateau(**found.state["plateau"])
             self.best, self.started = dict(found.state["best"]), found.state["started"]
             self.record["stages"] = list(found.state["stages"])
@@ -362,6 +349,7 @@ class _Run:
             "precision": self.precision,
             "layout": engine.layout,
             "attention": self.model.config._attn_implementation,
+            "forward": why_not(self.model) or "written out",
             "sampler": getattr(engine.sampler, "path", None),
             "methods": [assemble.describe_method(m) for m in self.methods],
             "data": {n: {"hash": h, "rows": self.loaded.rows[n]} for n, h in self.loaded.hashes.items()},
@@ -386,7 +374,35 @@ class _Run:
             self.record["warnings"].append(text)
             self.display.say(f"warning: {text}")
 
+    def _predict(self, engine: Engine) -> None:
+        """Note what the run will take, once, with the weights that it starts with."""
+        if "predicted" not in self.record:
+            self._forget_peak()
+            self.record["predicted"] = asdict(predict(plan_stages(self.recipe, self.ready, engine)))
+            write_json(self.folder / "record.json", self.record)
+
+    def _measured(self) -> dict[str, Any]:
+        """What training took, in the record beside what was predicted."""
+        tally, dtype = self.progress.tally, assemble.computing_dtype(self.recipe, self.device)
+        speed = tally.backward_speed()
+        return {
+            "measured": {
+                "seconds": self.progress.cost.seconds,
+                "peak_memory_gb": tally.peak_memory_gb,
+                "flops": self.progress.cost.flops,
+                "steps": self.progress.step,
+            },
+            "utilisation": None if speed is None else speed / matmul_speed(self.model, dtype, self.device),
+            "sampling": tally.sampling(str(dtype).removeprefix("torch.")),
+        }
+
+    def _forget_peak(self) -> None:
+        """The peak of memory starts anew, and the run's own does not forget it."""
+        self.peak_memory_gb = max(self.peak_memory_gb, peak_memory_gb(self.device))
+        reset_peak_memory(self.device)
+
     def _finish(self, evaluation: dict[str, Any] | None) -> RunResult:
+        self._forget_peak()
         self.record |= {
             "status": "finished",
             "finished_at": now(),
@@ -394,34 +410,10 @@ class _Run:
             "steps": self.progress.step,
             "skipped_steps": self.progress.skipped,
             "best": self.best,
-            "peak_memory_gb": peak_memory_gb(),
+            "peak_memory_gb": self.peak_memory_gb,
+            **self._measured(),
         }
         write_json(self.folder / "record.json", self.record)
         for name in ("checkpoints", "best", "reference"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         return result_of(self.folder, self.record)
-
-
-def evaluate_base(recipe: Recipe, folder: Path, *, display: Display | None = None) -> BaseAnswers:
-    """Evaluate the untrained model as the recipe says and return its answers; read from `folder` when they are there."""
-    answers = folder / "base_answers.json"
-    if answers.is_file() and (folder / "evaluation.json").is_file():
-        return BaseAnswers.read(answers)
-    folder.mkdir(parents=True, exist_ok=True)
-    (display or Display()).say(f"{folder.name}: evaluating the untrained model")
-    device = resolve_device(recipe.device)
-    started = time.perf_counter()
-    model, tokenizer = assemble.load_base(recipe, device, assemble.computing_dtype(recipe, device))
-    found = evaluate_model(model, tokenizer, recipe.evaluation, sampling=recipe.sampling, seed=0, base=None)
-    append_lines(folder / "samples.jsonl", found.samples)
-    record = {
-        "status": "finished",
-        "model": describe_model(recipe.model.name),
-        "versions": versions(),
-        "hardware": hardware(device),
-        "cost": asdict(Cost(seconds=time.perf_counter() - started)),
-    }
-    write_json(folder / "record.json", record)
-    found.answers.write(answers)
-    write_json(folder / "evaluation.json", found.evaluation)
-    return found.answers

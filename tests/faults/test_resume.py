@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from crosstrain.testing import save_tiny_model
 
-TIMINGS = ("step_time", "cost/seconds")
+TIMINGS = {"step_time", "cost/seconds", *(f"time/{part}" for part in ("sampling", "reward", "batch", "backward", "optimizer"))}
 REWARD = """
 def first_letter(prompts, completions, answer, **kwargs):
     return [float(len(c[0]["content"]) > 3) + 0.1 * len(set(c[0]["content"])) for c in completions]

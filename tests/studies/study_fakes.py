@@ -82,7 +82,13 @@ class Fakes:
         amount = recipe.budget.amount if recipe.budget else 0.0
         stages = [SimpleNamespace(method=s.method.name, steps=4, cost=Cost(1, 1, amount, 1)) for s in recipe.stages]
         return SimpleNamespace(
-            model="tiny", precision="fp32", device="cpu", rows={"train": 8}, warnings=(), minutes=2.0, stages=tuple(stages)
+            model="tiny",
+            precision="fp32",
+            device="cpu",
+            rows={"train": 8},
+            warnings=(),
+            predicted=SimpleNamespace(seconds=120.0, peak_memory_gb=3.1),
+            stages=tuple(stages),
         )
 
     def train(self, recipe: Recipe, output_dir: Path, *, base: Any, save_weights: bool, display: Any) -> Any:

@@ -92,8 +92,8 @@ def test_a_report_that_cannot_be_made_half_way_does_not_stop_the_training(tmp_pa
 def test_what_is_printed_before_and_along_the_way(tmp_path: Path) -> None:
     printed = run(tmp_path, Fakes())
     assert "runs: 2 arms x 2 seeds = 4, and the untrained model" in printed
-    assert "estimated time: about 8 min of training (rough" in printed
-    assert printed.index("estimated time") < printed.index("run 1 of 4 (sft, seed 0)")
+    assert "predicted: about 8 min of training, peak memory 3.1 GB" in printed
+    assert printed.index("predicted: ") < printed.index("run 1 of 4 (sft, seed 0)")
     assert "run 2 of 4 (sft -> grpo, seed 0), under a minute left in all:" in printed
     assert "run 3 of 4 (sft, seed 1) done in 0 s; under a minute left in all" in printed
     assert "run 4 of 4 (sft -> grpo, seed 1) done in 0 s; all runs done" in printed
@@ -407,7 +407,7 @@ def test_the_plan_of_a_dry_run_is_printable_and_writes_nothing(tmp_path: Path) -
     text = str(plan(small_study(), tune=True, actions=Fakes().actions()))
     assert "learning-rate search: 3 trials per arm with the same budget" in text
     assert "sft -> grpo  about 4 steps of sft, then about 4 steps of grpo; about 2 min" in text
-    assert "estimated time: about 20 min of training" in text
+    assert "predicted: about 20 min of training, peak memory 3.1 GB" in text
     assert list(tmp_path.iterdir()) == []
 
 

@@ -78,7 +78,7 @@ def test_imitation_samples_nothing() -> None:
     found = run(load_method("sft"), expert=True, positions={"train": 5})
     assert [g.example.id for g in found.groups] == ["train:5@5", "train:6@6"]
     assert found.positions == {"train": 7}
-    assert (found.prefill_tokens, found.generated_tokens) == (0, 0)
+    assert (found.usage.prefill_tokens, found.usage.generated_tokens) == (0, 0)
 
 
 def test_rollouts_are_tagged_and_keep_the_samplers_tokens_and_log_probs() -> None:
@@ -89,7 +89,7 @@ def test_rollouts_are_tagged_and_keep_the_samplers_tokens_and_log_probs() -> Non
     assert first.source == (Source.PROMPT, Source.PROMPT, Source.POLICY, Source.POLICY)
     assert first.behaviour_logp[2:] == (-0.5, -0.5) and all(math.isnan(x) for x in first.behaviour_logp[:2])
     assert first.policy_version == 3 and not first.finished and first.reward == 0.5
-    assert (found.prefill_tokens, found.generated_tokens) == (4, 2 * (1 + 2))
+    assert (found.usage.prefill_tokens, found.usage.generated_tokens) == (4, 2 * (1 + 2))
     assert len(sampler.calls) == 1, "all prompts of a round are sampled together"
 
 
@@ -135,7 +135,7 @@ def test_several_rounds_are_asked_until_the_plan_is_content() -> None:
     hinted = found.groups[0].trajectories[1]
     assert hinted.tokens == (1, 9, 7, 5) and hinted.source[2] == Source.EXPERT
     assert len({p.key for call in sampler.calls for p in call}) == 4
-    assert found.prefill_tokens == 2 + 2 + 3 + 2
+    assert found.usage.prefill_tokens == 2 + 2 + 3 + 2
 
 
 @pytest.mark.parametrize(("rule", "expected"), [("score", [0.5, 0.5]), ("mask", [0.5, 0.5]), ("penalise", [0.5, 0.25])])
@@ -155,7 +155,7 @@ def test_dynamic_sampling_replaces_dropped_groups_and_stops_at_its_limit() -> No
     assert [g.example.prompt_tokens[0] for g in found.groups] == [2, 4, 6, 8]
     assert (found.drawn, found.positions) == (8, {"train": 8})
     nothing = run(method, n=4, sampler=Echo())
-    assert (nothing.groups, nothing.drawn, nothing.generated_tokens) == ([], 12, 36)
+    assert (nothing.groups, nothing.drawn, nothing.usage.generated_tokens) == ([], 12, 36)
 
 
 def test_a_step_never_grows_beyond_its_batch_size() -> None:

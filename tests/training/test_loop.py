@@ -31,7 +31,7 @@ from crosstrain.training.loop import (
     train_stage,
 )
 from crosstrain.training.optimizer import Optimizer
-from crosstrain.types import Batch, Example, Group, Method, Per, Source
+from crosstrain.types import Batch, Example, Group, Method, Per, Source, Updates
 
 
 class Rows:
@@ -363,6 +363,49 @@ def test_gradients_are_clipped_and_the_norm_before_it_is_logged() -> None:
     assert step.metrics["grad_clipped"] == 1.0 and step.metrics["grad_norm"] > 1e-3
     (step,) = Run(load_method("sft"), max_grad_norm=0.0, max_steps=1).steps()
     assert step.metrics["grad_clipped"] == 0.0
+
+
+# --- what is logged beside the objective ----------------------------------------------------------------------------
+
+
+def test_the_parts_of_a_steps_time_are_logged_and_fit_into_it() -> None:
+    run = Run(load_method("grpo", num_generations=2, num_iterations=2))
+    for step in run.steps():
+        parts = {name: value for name, value in step.metrics.items() if name.startswith("time/")}
+        assert parts.keys() == {f"time/{part}" for part in ("sampling", "reward", "batch", "backward", "optimizer")}
+        assert all(value > 0 for value in parts.values())
+        assert sum(parts.values()) < step.metrics["step_time"]
+    assert run.progress.tally.backward_seconds > 0
+    imitating = Run(load_method("sft"), max_steps=1).steps()[0].metrics
+    assert imitating["time/sampling"] == imitating["time/reward"] == 0.0 < imitating["time/backward"]
+
+
+def test_the_tally_counts_forward_and_backward_of_every_update() -> None:
+    once, twice = (Run(load_method("grpo", num_generations=2, beta=0.0, num_iterations=n), max_steps=1) for n in (1, 2))
+    (step,), _ = once.steps(), twice.steps()
+    assert once.progress.tally.backward_flops == 6 * 10 * tokens_of(step.groups)
+    assert twice.progress.tally.backward_flops == 2 * once.progress.tally.backward_flops
+
+
+@pytest.mark.parametrize("minibatches", [1, 3])
+def test_the_sampler_is_compared_with_the_weights_that_it_sampled_from(minibatches: int) -> None:
+    """Over all own tokens, however many updates there are and however far they move the weights."""
+    settings = {"learning_rate": 0.3, "max_steps": 1}
+    (one,) = Run(load_method("grpo", num_generations=2), **settings).steps()
+    (more,) = Run(load_method("grpo", num_generations=2, num_iterations=2, minibatches=minibatches), **settings).steps()
+    name = "sampling/sampling_logp_difference/max"
+    assert more.metrics[name] == pytest.approx(one.metrics[name], rel=1e-5)
+
+
+def test_without_old_log_probs_only_the_first_update_compares() -> None:
+    rloo, settings = load_method("rloo", num_generations=2), {"learning_rate": 0.3, "max_steps": 1}
+    one, more = Run(rloo, **settings), Run(replace(rloo, updates=Updates(epochs=2)), **settings)
+    (first,), (both,) = one.steps(), more.steps()
+    for name in ("mean", "max"):
+        key = f"sampling/sampling_logp_difference/{name}"
+        assert both.metrics[key] == first.metrics[key]
+    assert one.progress.tally.sampling("float32") == more.progress.tally.sampling("float32")
+    assert one.progress.tally.compared == 1
 
 
 # --- probes ---------------------------------------------------------------------------------------------------------

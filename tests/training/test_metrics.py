@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from crosstrain.training.batching import to_batch, with_advantage
-from crosstrain.training.metrics import Meter, merge, rollout_metrics
+from crosstrain.training.metrics import Meter, merge, rollout_metrics, without_logp_difference
 from crosstrain.types import Example, Group, Source, Trajectory
+
+DIFFERENCE = "sampling/sampling_logp_difference/"
 
 
 def own(reward: float | None, n: int = 1, *, finished: bool = True, **rewards: float) -> Trajectory:
@@ -69,7 +71,7 @@ def test_token_statistics_are_means_over_all_micro_batches() -> None:
     assert found["loss"] == 0.5 and "loss/rl" not in found
     assert found["entropy"] == 0.5 and found["mean_token_accuracy"] == pytest.approx(2 / 3)
     assert (found["logps/policy"], found["logps/expert"]) == (-1.5, -4.0)
-    assert not {"kl", "rewards/chosen", "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean"} & set(found)
+    assert not {"kl", "rewards/chosen", "clip_ratio/region_mean", DIFFERENCE + "mean", DIFFERENCE + "max"} & set(found)
 
 
 def test_several_terms_are_logged_by_name_with_their_share_of_the_weight() -> None:
@@ -86,8 +88,9 @@ def test_several_terms_are_logged_by_name_with_their_share_of_the_weight() -> No
 
 
 def test_kl_mismatch_and_clipping() -> None:
-    """k3 at d = ln 2 is 1/2 - 1 + ln 2; the sampler's log-probs are off by 0.25; one of two tokens with an advantage is clipped."""
-    t = Trajectory((1, 1, 1), (Source.PROMPT, Source.POLICY, Source.POLICY), 1.0, behaviour_logp=(math.nan, -0.75, -1.25))
+    """k3 at d = ln 2 is 1/2 - 1 + ln 2; the sampler's log-probs are off by 0.25 and 0.5; of two tokens with an advantage one is
+    clipped."""
+    t = Trajectory((1, 1, 1), (Source.PROMPT, Source.POLICY, Source.POLICY), 1.0, behaviour_logp=(math.nan, -0.75, -1.5))
     batch = to_batch([group(t)])
     logp = torch.tensor([[0, -1.0, -1.0]])
     batch = with_advantage(batch, torch.ones(1)).with_columns(ref_logp=logp - math.log(2))
@@ -96,7 +99,8 @@ def test_kl_mismatch_and_clipping() -> None:
     meter.add_clipped(batch, torch.tensor([[0, 0.5, 0]]), batch.trained)
     found = meter.metrics()
     assert found["kl"] == pytest.approx(math.log(2) - 0.5)
-    assert found["sampling/sampling_logp_difference/mean"] == pytest.approx(0.25)
+    assert found[DIFFERENCE + "mean"] == pytest.approx(0.375)
+    assert found[DIFFERENCE + "max"] == pytest.approx(0.5)
     assert found["clip_ratio/region_mean"] == 0.5
 
 
@@ -114,3 +118,20 @@ def test_dpos_rewards_by_hand() -> None:
 def test_inner_updates_are_averaged_entry_by_entry() -> None:
     assert merge([{"loss": 1.0, "kl": 2.0}, {"loss": 3.0}]) == {"loss": 2.0, "kl": 2.0}
     assert merge([]) == {}
+
+
+def test_of_inner_updates_times_add_up_and_the_largest_difference_stays() -> None:
+    lines = [{"time/backward": 1.0, DIFFERENCE + "max": 0.5, DIFFERENCE + "mean": 0.25}, {"time/backward": 2.0}]
+    assert merge(lines) == {"time/backward": 3.0, DIFFERENCE + "max": 0.5, DIFFERENCE + "mean": 0.25}
+    lines[1] |= {DIFFERENCE + "max": 0.75, DIFFERENCE + "mean": 0.75}
+    assert merge(lines) == {"time/backward": 3.0, DIFFERENCE + "max": 0.75, DIFFERENCE + "mean": 0.5}
+    assert without_logp_difference(lines[1]) == {"time/backward": 2.0}
+
+
+def test_the_sampler_is_compared_with_the_weights_that_sampled() -> None:
+    """Later inner updates score with weights that moved; the old log-probs are those of the weights that sampled."""
+    t = Trajectory((1, 1), (Source.PROMPT, Source.POLICY), 1.0, behaviour_logp=(math.nan, -1.0))
+    batch = to_batch([group(t)]).with_columns(old_logp=torch.tensor([[0, -1.125]]))
+    meter = Meter()
+    meter.add_scores(batch, torch.tensor([[0, -3.0]]), torch.zeros(1, 2), torch.zeros(1, 2), batch.trained)
+    assert meter.metrics()[DIFFERENCE + "max"] == 0.125

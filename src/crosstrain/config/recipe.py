@@ -209,6 +209,9 @@ class Stage(BaseModel):
     init_from: Literal["previous", "base", "best"] = Field(
         "previous", description="Weights to start from: the stage before, the base model, or the best checkpoint."
     )
+    precompute_ref_log_probs: Flag = Field(
+        False, description="Compute the reference's log-probs of all rows before the stage, and keep them for later runs."
+    )
     restart_optimizer: Flag = Field(True, description="Start with fresh optimizer moments.")
     restart_schedule: Flag = Field(True, description="Start the learning-rate schedule anew.")
 

@@ -1,4 +1,4 @@
-"""How long a study takes: a rough plan before it starts, and time left from measured runs once there are any."""
+"""How long a study takes: a plan from each arm's first steps before it starts, and time left from runs once there are any."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from crosstrain.config import EvaluationSpec, Recipe, StudySpec
 from crosstrain.errors import UserError
+from crosstrain.training.display import about
 
 if TYPE_CHECKING:
     from crosstrain.planning import RunPlan
@@ -34,9 +35,15 @@ class StudyPlan:
     trial_share: float = 1.0
 
     @property
-    def training_minutes(self) -> float:
-        """Expected minutes of training: all runs and the search, without evaluation."""
-        return sum(arm.minutes for arm in self.arms.values()) * (self.seeds + self.trials * self.trial_share)
+    def training_seconds(self) -> float:
+        """Expected seconds of training: all runs and the search, without evaluation."""
+        runs = self.seeds + self.trials * self.trial_share
+        return sum(arm.predicted.seconds for arm in self.arms.values()) * runs
+
+    @property
+    def peak_memory_gb(self) -> float:
+        """The most memory that training any arm takes."""
+        return max(arm.predicted.peak_memory_gb for arm in self.arms.values())
 
     def __str__(self) -> str:
         runs = len(self.arms) * self.seeds
@@ -51,7 +58,7 @@ class StudyPlan:
         width = max(len(name) for name in self.arms)
         for name, arm in self.arms.items():
             steps = ", then ".join(f"about {stage.steps} steps of {stage.method}" for stage in arm.stages)
-            lines.append(f"    {name:<{width}}  {steps}; {about(arm.minutes * 60)}")
+            lines.append(f"    {name:<{width}}  {steps}; {about(arm.predicted.seconds)}")
         if self.trials:
             share = "the same budget" if self.trial_share == 1 else f"{self.trial_share:.0%} of that budget"
             lines.append(f"learning-rate search: {self.trials} trials per arm with {share}, before the runs")
@@ -59,14 +66,14 @@ class StudyPlan:
         evaluated = runs + self.base
         lines.append(f"evaluation: {evaluated} models on {self.questions} questions x {self.samples} samples")
         lines.append(
-            f"estimated time: {about(self.training_minutes * 60)} of training (rough: from a short matmul probe of this "
-            "machine) and the evaluations, which are timed on the first model; after each run the time left is measured"
+            f"predicted: {about(self.training_seconds)} of training, peak memory {self.peak_memory_gb:.1f} GB (from the first "
+            "batch of each arm), and the evaluations, which are timed on the first model; after each run the time left is measured"
         )
         return "\n".join(lines)
 
 
 def plan_study(spec: StudySpec, plan_run: Callable[[Recipe], RunPlan], *, quick: bool = False, tune: bool = False) -> StudyPlan:
-    """Load and check what every arm needs, and estimate what the study takes; nothing is trained or written.
+    """Load and check what every arm needs, and predict what the study takes; nothing is trained or written.
 
     UserError when an arm's method, data, reward or evaluation cannot be used, or when an arm would never spend the budget.
     """
@@ -125,15 +132,3 @@ def expected_seconds(
     before = sum((planned[name] + evaluation) * len(seconds) for name, seconds in told.items())
     scale = sum(map(sum, told.values())) / before if before else 1.0
     return (planned[arm] + evaluation) * scale
-
-
-def about(seconds: float) -> str:
-    """A rough duration for people.
-
-    >>> about(20), about(754), about(7300)
-    ('under a minute', 'about 13 min', 'about 2 h 2 min')
-    """
-    if seconds < 60:
-        return "under a minute"
-    whole = round(seconds / 60)
-    return f"about {whole} min" if whole < 90 else f"about {whole // 60} h {whole % 60} min"

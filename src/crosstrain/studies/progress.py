@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from crosstrain.studies.estimate import about, expected_seconds
-from crosstrain.training.display import Display
+from crosstrain.studies.estimate import expected_seconds
+from crosstrain.training.display import Display, about
 
 
 @dataclass

@@ -193,7 +193,9 @@ def learning_curves(results: Results, folder: Path) -> dict[str, Any]:
             names = [
                 key
                 for key in dict.fromkeys(key for line in lines for key in line)
-                if key not in NOT_CURVES and not key.startswith("cost/") and any(_is_number(line.get(key)) for line in lines)
+                if key not in NOT_CURVES
+                and not key.startswith(("cost/", "time/"))
+                and any(_is_number(line.get(key)) for line in lines)
             ]
             seen |= dict.fromkeys(names)
             x = {unit: [line.get(f"cost/{unit}") for line in lines] for unit in UNITS} | {

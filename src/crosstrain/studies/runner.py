@@ -17,15 +17,16 @@ from crosstrain.rewards.child import check_not_in_worker
 from crosstrain.studies import tune as tuning
 from crosstrain.studies.attempt import Actions, attempt, real_actions
 from crosstrain.studies.budget import budget_check, budget_warnings, check_can_be_equal
-from crosstrain.studies.estimate import StudyPlan, about, plan_study
+from crosstrain.studies.estimate import StudyPlan, plan_study
 from crosstrain.studies.layout import StudyRun, check_folder, is_finished, only_one_process, read_record, study_runs
 from crosstrain.studies.progress import Clock, StudyDisplay
 from crosstrain.training.checkpoint import write_json
+from crosstrain.training.display import about
 from crosstrain.training.record import hardware, read_lines, versions
 
 
 def plan(spec: StudySpec, *, quick: bool = False, tune: bool = False, actions: Actions | None = None) -> StudyPlan:
-    """What a study would do and roughly cost, after checking everything it needs; nothing is trained or written."""
+    """What a study would do and take, after checking everything it needs; nothing is trained or written."""
     spec = checked(spec, quick=quick, tune=tune)
     return plan_study(spec, (actions or real_actions()).plan, quick=quick, tune=tune)
 
@@ -129,7 +130,7 @@ class _Study:
         clock = Clock({})
         if pending:
             planned = plan_study(self.spec, self.actions.plan, quick=quick, tune=tune)
-            clock = Clock({name: arm.minutes * 60 for name, arm in planned.arms.items()}, self._measured())
+            clock = Clock({name: arm.predicted.seconds for name, arm in planned.arms.items()}, self._measured())
             kept = len(self.runs) - len(pending)
             self.say(f"going on with {self.out}: {kept} of {len(self.runs)} runs are finished" if kept else str(planned))
         if tune:
@@ -157,7 +158,7 @@ class _Study:
         clock.waiting = [run.arm for run in pending]
         self.display.clock = clock
         if pending:
-            known = "measured" if clock.measured else "training time is still rough, evaluation measured"
+            known = "measured" if clock.measured else "training predicted, evaluation measured"
             self.say(f"runs to go: {len(pending)}, {about(clock.left())} ({known})")
         for i, run in enumerate(self.runs):
             if run in pending:

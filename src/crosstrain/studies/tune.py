@@ -20,9 +20,9 @@ import yaml
 from crosstrain.config import ArmSpec, Recipe, StudySpec
 from crosstrain.errors import UserError, nearest
 from crosstrain.studies.attempt import Actions, attempt
-from crosstrain.studies.estimate import about
 from crosstrain.studies.layout import is_finished, slugs
 from crosstrain.training.checkpoint import write_json
+from crosstrain.training.display import about
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -14,6 +15,11 @@ from crosstrain.types import Example, Group, Method, Request, Source, State, Tra
 
 class Stream(Protocol):
     """A named, seekable source of examples."""
+
+    @property
+    def examples(self) -> Sequence[Example]:
+        """All of them, in an order of their own."""
+        ...
 
     def draw(self, position: int, n: int) -> tuple[list[Example], int]:
         """`n` examples from `position` on, and the position after them."""
@@ -33,18 +39,39 @@ ScoreGroups = Callable[[list[Group]], list[Group]]
 
 
 @dataclass(frozen=True)
+class Usage:
+    """Tokens that sampling prefilled and generated, and the seconds that sampling and scoring took.
+
+    >>> Usage(1, 2, 0.5, 0.25) + Usage(1, 1, 0.5, 0.0)
+    Usage(prefill_tokens=2, generated_tokens=3, sampling_seconds=1.0, reward_seconds=0.25)
+    """
+
+    prefill_tokens: int = 0
+    generated_tokens: int = 0
+    sampling_seconds: float = 0.0
+    reward_seconds: float = 0.0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prefill_tokens + other.prefill_tokens,
+            self.generated_tokens + other.generated_tokens,
+            self.sampling_seconds + other.sampling_seconds,
+            self.reward_seconds + other.reward_seconds,
+        )
+
+
+@dataclass(frozen=True)
 class Collected:
     """What a step was given.
 
     groups: kept by the method's select. drawn: groups before select. rewarded: the groups before select, for metrics.
-    positions: where each stream stands afterwards. prefill_tokens, generated_tokens: what sampling cost.
+    positions: where each stream stands afterwards. usage: what sampling and scoring cost.
     """
 
     groups: list[Group]
     rewarded: list[Group]
     positions: Mapping[str, int]
-    prefill_tokens: int
-    generated_tokens: int
+    usage: Usage
 
     @property
     def drawn(self) -> int:
@@ -74,7 +101,7 @@ def collect(
     """
     kept: list[Group] = []
     rewarded: list[Group] = []
-    prefill = generated = 0
+    usage = Usage()
     positions = dict(positions)
     for _ in range(method.plan.max_draws):
         groups: list[Group] = []
@@ -90,14 +117,14 @@ def collect(
                 # an example drawn twice in one step still gets random numbers of its own
                 example = replace(example, id=f"{example.id}@{start + offset}")
                 groups.append(Group(example, method.plan.start(example, state), stream))
-        groups, usage = rounds(method, state, groups, sampler, sampling, rewards, truncation, seed, step)
-        prefill, generated = prefill + usage[0], generated + usage[1]
+        groups, used = rounds(method, state, groups, sampler, sampling, rewards, truncation, seed, step)
+        usage += used
         rewarded += groups
         known = [g for g in map(_with_known_rewards, groups) if g is not None]
         kept += [chosen for g in known if (chosen := method.select(g, state)) is not None]
         if len(kept) >= batch_size:
             break
-    return Collected(kept[:batch_size], rewarded, positions, prefill, generated)
+    return Collected(kept[:batch_size], rewarded, positions, usage)
 
 
 def rounds(
@@ -110,9 +137,9 @@ def rounds(
     truncation: Truncation,
     seed: int,
     step: int,
-) -> tuple[list[Group], tuple[int, int]]:
+) -> tuple[list[Group], Usage]:
     """Ask the plan what to sample until it asks for nothing; each round is sampled and scored for all groups together."""
-    prefill = generated = 0
+    usage = Usage()
     round_index = 0
     while True:
         asked = [(i, request) for i, g in enumerate(groups) for request in method.plan.next(g, state)]
@@ -121,20 +148,23 @@ def rounds(
         if sampler is None or rewards is None:
             raise UserError(f"method {method.name} samples completions: the recipe needs a reward (a task, or `rewards`)")
         prompts = [_prompt(groups[i], request, round_index) for i, request in asked]
+        started = time.perf_counter()
         answers = sampler.sample(prompts, sampling, seed=seed, step=step)
+        sampled = time.perf_counter()
         new: dict[int, tuple[Trajectory, ...]] = {}
         for (i, request), prompt, completions in zip(asked, prompts, answers, strict=True):
-            prefill += len(prompt.tokens)
-            generated += sum(len(c.tokens) for c in completions)
+            usage += Usage(len(prompt.tokens), sum(len(c.tokens) for c in completions))
             new[i] = new.get(i, ()) + tuple(_trajectory(groups[i].example, request, c, step) for c in completions)
         # a demonstration is scored with the first round's completions; only what is new is scored, and penalised, at all
         unscored = {i: (groups[i].trajectories if round_index == 0 else ()) + t for i, t in new.items()}
+        graded = time.perf_counter()
         scored = rewards([replace(groups[i], trajectories=t) for i, t in unscored.items()])
+        usage += Usage(sampling_seconds=sampled - started, reward_seconds=time.perf_counter() - graded)
         for i, g in zip(unscored, scored, strict=True):
             before = () if round_index == 0 else groups[i].trajectories
             groups[i] = replace(groups[i], trajectories=before + _penalised(g, truncation).trajectories)
         round_index += 1
-    return groups, (prefill, generated)
+    return groups, usage
 
 
 def shares(wanted: Mapping[str, float], n: int) -> dict[str, int]:

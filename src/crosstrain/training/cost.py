@@ -26,6 +26,24 @@ class Cost:
     demonstrations: int = 0
     seconds: float = 0.0
 
+    def __add__(self, other: Cost) -> Cost:
+        """Both together.
+
+        >>> Cost(flops=1.0, demonstrations=2) + Cost(flops=2.0)
+        Cost(processed_tokens=0, generated_tokens=0, flops=3.0, demonstrations=2, seconds=0.0)
+        """
+        return Cost(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+
+    def __mul__(self, times: float) -> Cost:
+        """As much `times` over, tokens and demonstrations rounded.
+
+        >>> Cost(processed_tokens=3, flops=3.0) * 1.5
+        Cost(processed_tokens=4, generated_tokens=0, flops=4.5, demonstrations=0, seconds=0.0)
+        """
+        scaled = {name: getattr(self, name) * times for name in (*COST_UNITS, "seconds")}
+        whole = {name: round(scaled[name]) for name in ("processed_tokens", "generated_tokens", "demonstrations")}
+        return Cost(**{**scaled, **whole})
+
     def forward_backward(self, tokens: int, parameters: int) -> Cost:
         """After `tokens` more through forward and backward."""
         return self._processed(tokens, 6.0 * parameters)

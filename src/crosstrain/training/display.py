@@ -79,6 +79,18 @@ class Display:
         return "  ".join(parts)
 
 
+def about(seconds: float) -> str:
+    """A rough duration for people.
+
+    >>> about(20), about(754), about(7300)
+    ('under a minute', 'about 13 min', 'about 2 h 2 min')
+    """
+    if seconds < 60:
+        return "under a minute"
+    whole = round(seconds / 60)
+    return f"about {whole} min" if whole < 90 else f"about {whole // 60} h {whole % 60} min"
+
+
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

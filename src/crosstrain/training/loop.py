@@ -24,9 +24,12 @@ from crosstrain.rollout.sampler import Sampler, Sampling
 from crosstrain.training.batching import cut, distinct_tokens, to_batch, with_advantage
 from crosstrain.training.collect import Collected, ScoreGroups, Stream, Truncation, collect
 from crosstrain.training.cost import Cost
-from crosstrain.training.metrics import Meter, merge, rollout_metrics
+from crosstrain.training.metrics import TIME, Meter, merge, rollout_metrics, without_logp_difference
 from crosstrain.training.optimizer import Optimizer
+from crosstrain.training.reference import Known, reference_column
 from crosstrain.training.score import CHANNELS, Layout, score
+from crosstrain.training.tally import Tally
+from crosstrain.training.timing import clock
 from crosstrain.types import Batch, Group, Method, Scores, Source, State
 
 PROBE = "grad_norm/"
@@ -53,7 +56,11 @@ class StageSettings:
 
 @dataclass(frozen=True)
 class Engine:
-    """What a stage runs on: the model and everything around it that no step changes."""
+    """What a stage runs on: the model and everything around it that no step changes.
+
+    known_reference: the reference's log-probs of all data, in place of the reference itself; a budget is charged for its passes all
+    the same.
+    """
 
     model: Any
     parameters: int
@@ -67,6 +74,7 @@ class Engine:
     micro_batch_tokens: int = 4096
     seed: int = 0
     reference: Callable[[], AbstractContextManager[Any]] | None = None
+    known_reference: Known | None = None
 
 
 @dataclass
@@ -75,7 +83,7 @@ class Progress:
 
     step: collected batches of the whole run. stage_step: of this stage. optimizer_steps: AdamW steps of this stage.
     skipped: steps in which every term was empty. idle: steps in a row that brought the stage no nearer to its end.
-    stage_cost: what had been spent when the stage began.
+    stage_cost: what had been spent when the stage began. tally: what the run's record adds up over all steps.
     """
 
     step: int = 0
@@ -88,6 +96,7 @@ class Progress:
     state: State = field(default_factory=dict)
     cost: Cost = field(default_factory=Cost)
     stage_cost: Cost = field(default_factory=Cost)
+    tally: Tally = field(default_factory=Tally)
 
 
 @dataclass(frozen=True)
@@ -120,26 +129,16 @@ def train_stage(
     while stage_progress(settings, progress) < 1.0:
         started = time.perf_counter()
         torch.manual_seed(_step_seed(engine.seed, progress.step))  # dropout depends on (seed, step), not on history
-        engine.model.eval()
-        collected = collect(
-            method,
-            progress.state,
-            engine.streams,
-            progress.positions,
-            batch_size=settings.batch_size,
-            sampler=engine.sampler,
-            sampling=engine.sampling,
-            rewards=engine.rewards,
-            truncation=engine.truncation,
-            seed=engine.seed,
-            step=progress.step,
-        )
-        cost = progress.cost.sampled(collected.prefill_tokens, collected.generated_tokens, engine.parameters)
+        collected = draw(engine, method, settings.batch_size, progress)
+        usage = collected.usage
+        cost = progress.cost.sampled(usage.prefill_tokens, usage.generated_tokens, engine.parameters)
+        times = {"sampling": usage.sampling_seconds, "reward": usage.reward_seconds, "batch": 0.0}
         lines: list[Mapping[str, float]] = []
+        trained = 0
         if collected.groups:
-            batch = to_batch(collected.groups, step=progress.optimizer_steps, mask_truncated=engine.truncation.rule == "mask")
-            batch, cost = add_columns(engine, method, batch.to(engine.device), cost)
-            batch = with_advantage(batch, method.advantage(batch))
+            drawn = clock(engine.device)
+            batch, cost = make_batch(engine, method, collected, progress.optimizer_steps, cost)
+            times["batch"] = clock(engine.device) - drawn
             for minibatch in minibatches(batch, method, engine.seed, progress.step):
                 factor = learning_rate_factor(
                     settings.lr_scheduler_type,
@@ -150,21 +149,54 @@ def train_stage(
                 learning_rate = settings.learning_rate * factor
                 line = update(engine, method, minibatch, optimizer, settings, learning_rate, progress, collected)
                 if line is not None:
-                    passes = 1 + len(method.probes)
-                    cost = cost.forward_backward(distinct_tokens(minibatch) * passes, engine.parameters)
-                    lines.append(line)
+                    trained += distinct_tokens(minibatch) * passes(method)
+                    moved = bool(lines) and "old_logp" not in batch.columns
+                    lines.append(without_logp_difference(line) if moved else line)
                     progress.optimizer_steps += 1
-        cost = cost.used_demonstrations(sum(len(g.by(Source.EXPERT)) for g in collected.groups) * method.updates.epochs)
+        updates = Cost().forward_backward(trained, engine.parameters)
+        demonstrations = sum(len(g.by(Source.EXPERT)) for g in collected.groups) * method.updates.epochs
         progress.skipped += not lines
-        metrics = {**merge(lines), **rollout_metrics(collected.rewarded)}
+        metrics = {TIME + "backward": 0.0, TIME + "optimizer": 0.0, **merge(lines), **rollout_metrics(collected.rewarded)}
+        metrics |= {TIME + name: seconds for name, seconds in times.items()}
         metrics["frac_groups_dropped"] = 1 - len(collected.groups) / collected.drawn
         metrics["step_time"] = time.perf_counter() - started
         progress.state = method.update(progress.state, metrics)
         progress.positions = dict(collected.positions)
-        progress.cost = cost.took(metrics["step_time"])
+        progress.cost = (cost + updates).used_demonstrations(demonstrations).took(metrics["step_time"])
+        progress.tally = progress.tally.step(metrics, updates.flops)
         progress.step += 1
         progress.stage_step += 1
         yield Step({**metrics, "skipped_steps": float(progress.skipped), **progress.cost.as_metrics()}, collected.groups)
+
+
+def draw(engine: Engine, method: Method, batch_size: int, progress: Progress) -> Collected:
+    """The groups of the step that `progress` has come to, sampled and scored as the method wants them."""
+    engine.model.eval()
+    return collect(
+        method,
+        progress.state,
+        engine.streams,
+        progress.positions,
+        batch_size=batch_size,
+        sampler=engine.sampler,
+        sampling=engine.sampling,
+        rewards=engine.rewards,
+        truncation=engine.truncation,
+        seed=engine.seed,
+        step=progress.step,
+    )
+
+
+def make_batch(engine: Engine, method: Method, collected: Collected, optimizer_steps: int, cost: Cost) -> tuple[Batch, Cost]:
+    """The collected groups, of which there must be some, as a batch with its columns and advantages, and the cost after that."""
+    batch = to_batch(collected.groups, step=optimizer_steps, mask_truncated=engine.truncation.rule == "mask")
+    batch, cost = add_columns(engine, method, batch.to(engine.device), cost)
+    return with_advantage(batch, method.advantage(batch)), cost
+
+
+def passes(method: Method) -> int:
+    """Forward and backward passes of an update: its own, and one for each probe."""
+    return 1 + len(method.probes)
 
 
 def _check_ends(method: Method, settings: StageSettings) -> None:
@@ -194,10 +226,7 @@ def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tup
         batch = batch.with_columns(old_logp=no_grad_scores(engine, method, batch).logp)
         cost = cost.forward(tokens, engine.parameters)
     if "ref_logp" in method.needs:
-        if engine.reference is None:
-            raise UserError(f"method {method.name} compares with a reference model, and none was set up")
-        with engine.reference() as model:
-            batch = batch.with_columns(ref_logp=no_grad_scores(replace(engine, model=model), method, batch).logp)
+        batch = batch.with_columns(ref_logp=_reference_logp(engine, method, batch))
         cost = cost.forward(tokens, engine.parameters)
     for name, build in method.columns.items():
         batch = batch.with_columns(**{name: build(lambda b: no_grad_scores(engine, method, b), batch)})
@@ -206,6 +235,15 @@ def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tup
     if missing:
         raise UserError(f"method {method.name} reads {', '.join(sorted(missing))}, which nothing provides")
     return batch, cost
+
+
+def _reference_logp(engine: Engine, method: Method, batch: Batch) -> Tensor:
+    if engine.known_reference is not None:
+        return reference_column(batch, engine.known_reference)
+    if engine.reference is None:
+        raise UserError(f"method {method.name} compares with a reference model, and none was set up")
+    with engine.reference() as model:
+        return no_grad_scores(replace(engine, model=model), method, batch).logp
 
 
 @torch.no_grad()
@@ -245,33 +283,48 @@ def update(
     collected: Collected,
 ) -> dict[str, float] | None:
     """One optimizer step on a batch: its metrics, or None when every term is empty (Adam's momentum must not move weights)."""
-    groups = len(torch.unique(batch.group))
-    before = round(groups * collected.drawn / max(len(collected.groups), 1))
     batch = replace(batch, step=progress.optimizer_steps)
-    counts = count(method.terms, batch, groups=groups, groups_before_select=before)
+    counts = denominators(method, batch, collected)
     if not any(counts.values()):
         return None
     engine.model.train()
+    started = clock(engine.device)
     probed = measure_probes(engine, method, batch, counts, optimizer)
     meter = accumulate(engine, method, batch, counts, optimizer)
+    accumulated = clock(engine.device)
     if method.grad_mask is not None:
         optimizer.freeze(method.grad_mask(progress.state))
     grad_norm = optimizer.clip(settings.max_grad_norm)
     if not math.isfinite(grad_norm):
         raise NonFinite(f"step {progress.step}: the gradient norm is {grad_norm}; examples: {_names(batch)}")
     optimizer.step(learning_rate)
+    times = {TIME + "backward": accumulated - started, TIME + "optimizer": clock(engine.device) - accumulated}
     clipped = float(settings.max_grad_norm > 0 and grad_norm > settings.max_grad_norm)
-    return {**meter.metrics(), **probed, "grad_norm": grad_norm, "grad_clipped": clipped, "learning_rate": learning_rate}
+    found = {**meter.metrics(), **probed, "grad_norm": grad_norm, "grad_clipped": clipped, "learning_rate": learning_rate}
+    return {**found, **times}
+
+
+def denominators(method: Method, batch: Batch, collected: Collected) -> dict[str, float]:
+    """What each term of an update on `batch`, a part of what was collected, is divided by."""
+    groups = len(torch.unique(batch.group))
+    before = round(groups * collected.drawn / max(len(collected.groups), 1))
+    return count(method.terms, batch, groups=groups, groups_before_select=before)
 
 
 def accumulate(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, float], optimizer: Optimizer) -> Meter:
     """The gradient of a whole batch, micro-batch by micro-batch, in place of what was there; and what was metered on the way."""
     optimizer.zero_grad()
     meter = Meter()
-    unit = "group" if any(t.unit == "group" for t in method.terms) else "token"
-    for index in cut(batch, engine.micro_batch_tokens, unit, shared=engine.layout == "shared"):
-        backward(engine, method, batch.rows(index.to(engine.device)), counts, meter)
+    for index in micro_batches(engine, method, batch, engine.micro_batch_tokens):
+        backward(engine, method, batch.rows(index), counts, meter)
     return meter
+
+
+def micro_batches(engine: Engine, method: Method, batch: Batch, tokens: int) -> list[Tensor]:
+    """Row indices of the micro-batches that the method's terms allow, each of at most `tokens` unless one unit is larger."""
+    unit = "group" if any(t.unit == "group" for t in method.terms) else "token"
+    pieces = cut(batch, tokens, unit, shared=engine.layout == "shared")
+    return [index.to(engine.device) for index in pieces]
 
 
 def measure_probes(

@@ -11,6 +11,12 @@ from torch import Tensor
 
 from crosstrain.types import Batch, Group, Source
 
+LOGP_DIFFERENCE = "sampling/sampling_logp_difference/"
+"""What the distance between the sampler's and the trainer's log-probs of own trained tokens is called; `mean` or `max` follows."""
+
+TIME = "time/"
+"""What the seconds of a part of a step are called; the part follows."""
+
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     """Rewards and completion lengths of a step's groups as collected; empty without own completions.
@@ -48,6 +54,7 @@ class Meter:
         self.sums: dict[str, float] = {}
         self.weights: dict[tuple[str, str], float] = {}
         self.losses: dict[str, float] = {}
+        self.mismatch_max = 0.0
 
     def add_loss(self, term: str, value: float) -> None:
         """A term's logged loss on a micro-batch, already divided by the step's count."""
@@ -72,9 +79,11 @@ class Meter:
             self._add(f"logp/{source.name}", float(logp[mask].sum()))
         if "behaviour_logp" in batch.columns:
             known = used & ~torch.isnan(batch.columns["behaviour_logp"])
-            gap = (logp - batch.columns["behaviour_logp"])[known].abs()
+            # in later inner updates the weights are no longer those that sampled, but the old log-probs still are
+            gap = (batch.columns.get("old_logp", logp) - batch.columns["behaviour_logp"])[known].abs()
             self._add("mismatch_tokens", float(known.sum()))
             self._add("mismatch", float(gap.sum()))
+            self.mismatch_max = max(self.mismatch_max, float(gap.max()) if len(gap) else 0.0)
         if "ref_logp" in batch.columns:
             d = (logp - batch.columns["ref_logp"])[used]
             self._add("kl", float((torch.exp(-d) - 1 + d).sum()))
@@ -111,13 +120,15 @@ class Meter:
             ("mean_token_accuracy", "correct", "tokens"),
             ("logps/expert", "logp/EXPERT", "tokens/EXPERT"),
             ("logps/policy", "logp/POLICY", "tokens/POLICY"),
-            ("sampling/sampling_logp_difference/mean", "mismatch", "mismatch_tokens"),
+            (LOGP_DIFFERENCE + "mean", "mismatch", "mismatch_tokens"),
             ("kl", "kl", "kl_tokens"),
             ("clip_ratio/region_mean", "clipped_tokens", "live_tokens"),
             *((name, name, "pairs") for name in _PAIR_METRICS),
         ):
             if sums.get(count):
                 result[name] = sums.get(value, 0.0) / sums[count]
+        if sums.get("mismatch_tokens"):
+            result[LOGP_DIFFERENCE + "max"] = self.mismatch_max
         if "rewards/chosen" in result:
             result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]
         return result
@@ -130,9 +141,24 @@ _PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "lo
 
 
 def merge(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each entry over a collected batch's inner updates."""
+    """A collected batch's line from those of its inner updates: times are added up, of a `/max` the largest counts, else the mean.
+
+    >>> merge([{"loss": 1.0, "time/backward": 2.0}, {"loss": 3.0, "time/backward": 2.0}])
+    {'loss': 2.0, 'time/backward': 4.0}
+    """
     names = list(dict.fromkeys(name for line in lines for name in line))
-    return {name: _mean([line[name] for line in lines if name in line]) for name in names}
+    return {name: _merged(name, [line[name] for line in lines if name in line]) for name in names}
+
+
+def without_logp_difference(line: Mapping[str, float]) -> dict[str, float]:
+    """The line of an inner update whose weights are not those that sampled, and whose old log-probs nobody computed."""
+    return {name: value for name, value in line.items() if not name.startswith(LOGP_DIFFERENCE)}
+
+
+def _merged(name: str, values: Sequence[float]) -> float:
+    if name.startswith(TIME):
+        return sum(values)
+    return max(values) if name.endswith("/max") else _mean(values)
 
 
 def _mean(values: Sequence[float]) -> float:

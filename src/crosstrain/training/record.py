@@ -91,19 +91,46 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
-def peak_memory_gb() -> float:
-    """The most memory this process has held since `reset_peak_memory`, in GB; where that can do nothing, since its start."""
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.is_file() else []
-    peaks = [int(line.split()[1]) for line in lines if line.startswith("VmHWM:")]
-    peak = peaks[0] if peaks else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (2**30 if sys.platform == "darwin" else 2**20), 2)
+def peak_memory_gb(device: torch.device | None = None) -> float:
+    """The most memory held since `reset_peak_memory`, in GB: on a CUDA device by tensors there, else by this process.
+
+    Where a process's peak cannot be reset (outside Linux) it is the one since its start.
+    """
+    if _on_card(device):
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 3)
+    peak = _status_kb("VmHWM")
+    if peak is None:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return round(most / (2**30 if sys.platform == "darwin" else 2**20), 3)
+    return round(peak / 2**20, 3)
 
 
-def reset_peak_memory() -> None:
-    """Forget the peak so far, so that a run in a study's process has its own (on Linux; elsewhere nothing happens)."""
+def held_memory_gb(device: torch.device | None = None) -> float:
+    """The memory held now, in GB, counted as `peak_memory_gb` counts; where the system does not say, the peak so far."""
+    if _on_card(device):
+        return round(torch.cuda.memory_allocated(device) / 2**30, 3)
+    held = _status_kb("VmRSS")
+    return peak_memory_gb() if held is None else round(held / 2**20, 3)
+
+
+def reset_peak_memory(device: torch.device | None = None) -> None:
+    """Forget the peak so far, so that a run in a study's process has its own (on Linux and CUDA; elsewhere nothing happens)."""
+    if _on_card(device):
+        torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError):  # not Linux, or a container that keeps /proc read-only
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _on_card(device: torch.device | None) -> bool:
+    return device is not None and device.type == "cuda"
+
+
+def _status_kb(name: str) -> int | None:
+    """An entry of the process's status in kB; None outside Linux."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.is_file() else []
+    found = [int(line.split()[1]) for line in lines if line.startswith(f"{name}:")]
+    return found[0] if found else None
 
 
 def _processor() -> str:

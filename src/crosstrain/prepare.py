@@ -1,0 +1,72 @@
+"""Everything that a run or its plan needs, loaded and checked before step 1."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from crosstrain import assemble
+from crosstrain.config import Recipe
+from crosstrain.models import resolve_device
+from crosstrain.training.loop import Engine
+from crosstrain.training.optimizer import Optimizer, Precision
+from crosstrain.training.reference import Known, known_reference
+from crosstrain.types import Method
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A recipe's model under its precision policy, its data and its methods, one per stage."""
+
+    device: torch.device
+    methods: tuple[Method, ...]
+    model: Any
+    tokenizer: Any
+    loaded: assemble.Loaded
+    precision: Precision
+    optimizer: Optimizer
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """What the recipe names. UserError for everything that can be known to be wrong before training, rewards aside."""
+    device = resolve_device(recipe.device)
+    methods = tuple(assemble.stage_method(stage) for stage in recipe.stages)
+    model, tokenizer = assemble.load_base(recipe, device)
+    loaded = assemble.load_streams(recipe, tokenizer)
+    for i, method in enumerate(methods):
+        assemble.check_data(method, loaded)
+        assemble.check_reference(recipe, method, i)
+    assemble.check_evaluation(recipe, tokenizer)
+    precision = assemble.resolve_precision(recipe, device)
+    return Prepared(device, methods, model, tokenizer, loaded, precision, Optimizer(model, precision))
+
+
+def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
+    """The engine of the first stage, with the model as it is now for reference where any stage needs one while it trains.
+
+    UserError when a method samples and `rewards` is None.
+    """
+    for method in ready.methods:
+        assemble.check_rewards(method, rewards)
+    samples = any(method.plan.samples for method in ready.methods)
+    engine = assemble.make_engine(recipe, ready.model, ready.tokenizer, ready.loaded, rewards, ready.device, samples=samples)
+    stages = zip(recipe.stages, ready.methods, strict=True)
+    if not any("ref_logp" in method.needs and not stage.precompute_ref_log_probs for stage, method in stages):
+        return engine
+    return replace(engine, reference=assemble.make_reference(ready.model, recipe.model.lora is not None))
+
+
+def known_base(recipe: Recipe, ready: Prepared, engine: Engine) -> dict[int, Known]:
+    """By stage, its data's log-probs under the model as it is now, before training, where they are asked for beforehand."""
+    stages = enumerate(zip(recipe.stages, ready.methods, strict=True))
+    wanted = [i for i, (stage, method) in stages if stage.precompute_ref_log_probs and (i == 0 or method.reference == "base")]
+    return {i: known_log_probs(engine, ready.methods[i], ready.model) for i in wanted}
+
+
+def known_log_probs(engine: Engine, method: Method, model: Any) -> Known:
+    """The log-probs of all data that a method draws from, under `model`."""
+    streams = [engine.streams[name] for name in method.plan.streams(method.init())]
+    examples = [e for stream in streams for e in stream.examples]
+    return known_reference(model, examples, layout=engine.layout, tokens_per_micro_batch=engine.micro_batch_tokens)

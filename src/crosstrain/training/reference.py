@@ -1,0 +1,74 @@
+"""The reference's log-probs of fixed data, computed once for a whole dataset and kept between runs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from crosstrain.cache import cache_folder
+from crosstrain.training.score import Layout, trajectory_logps
+from crosstrain.types import Batch, Example, Trajectory
+
+Known = Mapping[tuple[tuple[int, ...], tuple[int, ...]], Tensor]
+"""Log-probs [T] of a sequence by its tokens and the author of each; 0 on prompt tokens."""
+
+
+def known_reference(
+    model: Any, examples: Iterable[Example], *, layout: Layout = "shared", tokens_per_micro_batch: int = 4096
+) -> Known:
+    """The log-probs of every trajectory that the examples bring, under `model`, in nats.
+
+    Read from the cache where they were computed before, by the same weights in the same dtype for the same tokens; the template is
+    in the tokens. Computed in the order of the examples, so that no value depends on what a step draws.
+    """
+    distinct = {_key(t.tokens, t.source): t for e in examples for t in e.expert}
+    place = cache_folder() / "reference" / f"{_name(model, distinct.values(), layout, tokens_per_micro_batch)}.safetensors"
+    if place.is_file():
+        flat = load_file(place)["logp"]
+    else:
+        found = trajectory_logps(model, list(distinct.values()), tokens_per_micro_batch=tokens_per_micro_batch, layout=layout)
+        flat = torch.cat(found) if found else torch.empty(0)
+        _write(place, flat)
+    values = flat.split([len(t.tokens) for t in distinct.values()])
+    return dict(zip(distinct, values, strict=True))
+
+
+def reference_column(batch: Batch, known: Known) -> Tensor:
+    """[B, T] of the batch's rows, 0 at padding. Raises KeyError for a row that was not among the examples."""
+    column = torch.zeros(batch.tokens.shape)
+    for r, (tokens, source, n) in enumerate(
+        zip(batch.tokens.tolist(), batch.source.tolist(), batch.length.tolist(), strict=True)
+    ):
+        column[r, :n] = known[_key(tokens[:n], source[:n])]
+    return column.to(batch.tokens.device)
+
+
+def _key(tokens: Sequence[int], source: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(tokens), tuple(map(int, source))
+
+
+def _name(model: Any, trajectories: Iterable[Trajectory], layout: Layout, tokens_per_micro_batch: int) -> str:
+    """sha256 of everything that the values depend on, the order and cut of the computation included."""
+    digest = hashlib.sha256(f"{layout} {tokens_per_micro_batch} {torch.__version__}".encode())
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for t in trajectories:
+        digest.update(repr(_key(t.tokens, t.source)).encode())
+    return digest.hexdigest()
+
+
+def _write(place: Path, logp: Tensor) -> None:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=place.parent, suffix=".tmp", delete=False) as file:
+        temporary = Path(file.name)
+    save_file({"logp": logp}, temporary)
+    os.replace(temporary, place)
