@@ -132,10 +132,13 @@ def _documents(model: Any, tokenizer: Any, rows: Mapping[str, Any], common: dict
 def _dpo(model: Any, tokenizer: Any, rows: Mapping[str, Any], common: dict[str, Any]) -> Any:
     from trl import DPOConfig, DPOTrainer
 
-    names = {"prompt": "prompt_ids", "chosen": "chosen_ids", "rejected": "rejected_ids"}
-    data = Dataset.from_list([{names[k]: v for k, v in r.items()} for r in rows["dpo"]])
+    data = Dataset.from_list([r["texts"] for r in rows["dpo"]])  # it takes no tokens
     config = DPOConfig(beta=BETA, precompute_ref_log_probs=True, **common)
-    return DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
+    trainer = DPOTrainer(model, args=config, train_dataset=data, processing_class=tokenizer)
+    for row, made in zip(rows["dpo"], trainer.train_dataset, strict=True):
+        same = all(row[name] == made[f"{name}_ids"] for name in ("prompt", "chosen", "rejected"))
+        assert same, "both sides must train on the same tokens"
+    return trainer
 
 
 def _grpo(model: Any, tokenizer: Any, rows: Mapping[str, Any], common: dict[str, Any]) -> Any:

@@ -13,8 +13,8 @@ DOCUMENT = (512, 2048)
 
 
 def make_rows(tokenizer: Any, *, sft: int, documents: int, pairs: int, prompts: int) -> dict[str, list[dict[str, Any]]]:
-    """Rows by kind: `sft` (prompt, completion), `documents` (tokens), `dpo` (prompt, chosen, rejected), `prompts` (prompt, text,
-    answer); all token ids but text and answer. Questions are reasoning-gym's chain_sum; no two rows are the same.
+    """Rows by kind: `sft` (prompt, completion), `documents` (tokens), `dpo` (prompt, chosen, rejected, and their texts), `prompts`
+    (prompt, text, answer); all token ids but texts and answers. Questions are reasoning-gym's chain_sum; no two rows are the same.
     """
     task = get_task("reasoning_gym", dataset="chain_sum")
     rows = task.rows("train", max(sft, pairs, prompts), seed=1)
@@ -23,10 +23,14 @@ def make_rows(tokenizer: Any, *, sft: int, documents: int, pairs: int, prompts: 
     end = answers[0][-1]
     plain = [{"prompt": list(e.prompt_tokens), "completion": a} for e, a in zip(examples, answers, strict=True)]
     wrong = [tokenizer(str(int(row.columns["answer"]) + 1))["input_ids"] + [end] for row in rows]
+
+    def texts(*tokens: list[int]) -> dict[str, str]:
+        return dict(zip(("prompt", "chosen", "rejected"), map(tokenizer.decode, tokens), strict=True))
+
     return {
         "sft": plain[:sft],
         "dpo": [
-            {"prompt": p["prompt"], "chosen": p["completion"], "rejected": w}
+            {"prompt": p["prompt"], "chosen": p["completion"], "rejected": w, "texts": texts(p["prompt"], p["completion"], w)}
             for p, w in zip(plain[:pairs], wrong, strict=False)
         ],
         "prompts": [

@@ -139,6 +139,8 @@ def extend(llama: Llama, tokens: Tensor, positions: Tensor, cache: Any) -> Tenso
         bias = torch.cat([a.q_proj.bias, a.k_proj.bias, a.v_proj.bias]) if a.q_proj.bias is not None else None
         qkv = F.linear(rms_norm(x, _norm_weight(m.input_layernorm, llama), llama.eps), layer.qkv, bias).view(rows, length, -1)
         query, key, value = _heads(llama, layer, qkv, cos, sin, grad=False)
+        if length > 1:  # a cache keeps what a prefill gives it, which must not be part of something larger
+            key, value = key.contiguous(), value.contiguous()
         key, value = cache.update(key, value, i)
         if i == last and length > 1:  # nobody reads the other columns of the last layer
             query, x = query[:, :, -1:], x.view(rows, length, width)[:, -1]
@@ -170,12 +172,12 @@ def _heads(llama: Llama, layer: Layer, qkv: Tensor, cos: Tensor, sin: Tensor, *,
         q, k = rms_norm(q, a.q_norm.weight, llama.eps), rms_norm(k, a.k_norm.weight, llama.eps)
         qkv = torch.cat([q, k, v], dim=2).flatten(2)
     if grad:
-        heads = turned(qkv, cos, sin, both, llama.size).unflatten(-1, (-1, llama.size))
-    else:
-        heads = qkv.unflatten(-1, (-1, llama.size))
-        heads = torch.cat([rotate(heads[:, :, :both], cos, sin), heads[:, :, both:]], dim=2)
-    query, key, value = heads.transpose(1, 2).split([llama.heads, llama.keys, llama.keys], dim=1)
-    return query, key, value
+        heads = turned(qkv, cos, sin, both, llama.size).unflatten(-1, (-1, llama.size)).transpose(1, 2)
+        query, key, value = heads.split([llama.heads, llama.keys, llama.keys], dim=1)
+        return query, key, value
+    heads = qkv.unflatten(-1, (-1, llama.size))
+    query, key = rotate(heads[:, :, :both], cos, sin).transpose(1, 2).split([llama.heads, llama.keys], dim=1)
+    return query, key, heads[:, :, both:].transpose(1, 2)
 
 
 def _sizes(llama: Llama) -> list[int]:
