@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.checks import Check, curves, greedy
-from benchmarks.pair import Side, Steps, alone, fastest, in_turn
+from benchmarks.pair import Side, Steps, WorkerFailed, alone, fastest, in_turn
 from benchmarks.rows import make_rows
 from benchmarks.works import MEMORY_TARGET, UTILISATION_TARGET, WORKS, Settings, Work, label
 from crosstrain.models import has_bf16_instructions, load_tokenizer, resolve_model
@@ -113,13 +113,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bf16 = has_bf16_instructions(torch.device(options.device))
     found: list[Row] = []
     checks: list[Check] = []
+    failed: list[str] = []
+    peer_versions = _peer_versions(options.peer_python)
     for work in WORKS:
         if options.only and work.key not in options.only:
             continue
         for precision in options.precision or (work.precisions if bf16 else ("fp32",)):
-            _attempt(found, f"{work.title}, {precision}", lambda w=work, p=precision: compare(bench, w, p))
+            _attempt(found, failed, f"{work.title}, {precision}", lambda w=work, p=precision: compare(bench, w, p))
     if not options.only or "limit" in options.only:
-        _attempt(found, "utilisation", lambda: utilisation(bench, "mixed" if bf16 else "fp32"))
+        _attempt(found, failed, "utilisation", lambda: utilisation(bench, "mixed" if bf16 else "fp32"))
     if not options.only or "checks" in options.only:
         logs = FOLDER / "logs"
         checks += curves(
@@ -131,14 +133,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     record = {
         "machine": hardware(torch.device(options.device)),
         "bf16_instructions": bf16,
-        "versions": {**versions(), **_peer_versions(options.peer_python)},
+        "versions": {**versions(), **peer_versions},
         "model": options.model,
         "rows": [asdict(row) for row in found],
         "checks": [asdict(check) for check in checks],
+        "failed": failed,
     }
-    options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    out = options.out or (FOLDER / "results.json" if options.only else RESULTS)  # a part is not the results
+    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     show(found, checks, record)
-    print(f"written to {options.out}")
+    print(f"written to {out}")
+    if failed:
+        sys.exit("failed: " + "; ".join(failed))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -151,15 +157,20 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--precision", nargs="*", choices=["bf16", "mixed", "fp32"], help="instead of what the processor is made for"
     )
-    parser.add_argument("--only", nargs="*", metavar="WORK", help=f"of {', '.join(w.key for w in WORKS)}, limit, checks")
+    parser.add_argument("--only", nargs="*", choices=[*(w.key for w in WORKS), "limit", "checks"], help="these alone")
     parser.add_argument("--no-search", action="store_true", help="take the peer's first setting instead of the fastest")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results.json, or runs/bench/results.json for a part")
     return parser.parse_args(arguments)
 
 
-def _attempt(found: list[Row], title: str, run: Callable[[], Row]) -> None:
+def _attempt(found: list[Row], failed: list[str], title: str, run: Callable[[], Row]) -> None:
     print(title, flush=True)
-    row = run()
+    try:
+        row = run()
+    except WorkerFailed as error:  # the other rows are worth having
+        failed.append(f"{title}: {error}")
+        print(f"    failed: {error}", flush=True)
+        return
     found.append(row)
     print(f"    {row.ours:,.1f} against {row.peer:,.1f} {row.unit}: {row.ratio:.2f}", flush=True)
 

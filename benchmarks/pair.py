@@ -142,4 +142,6 @@ def fastest(sides: Sequence[Side], logs: Path, steps: int = 1) -> tuple[Side, di
         except WorkerFailed as error:
             print(f"    {side.label}: {str(error).splitlines()[-1].strip()}", flush=True)
             speeds[side.label] = 0.0
+    if not any(speeds.values()):
+        raise WorkerFailed(f"none of the peer's settings works for {sides[0].name}")
     return max(sides, key=lambda s: speeds[s.label]), speeds

@@ -71,4 +71,4 @@ def peak_gb() -> float:
 
 def _cuda() -> Any:
     torch = sys.modules.get("torch")
-    return torch if torch is not None and torch.cuda.is_available() else None
+    return torch if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None

@@ -149,6 +149,9 @@ def test_what_is_not_written_out_is_named() -> None:
     assert written_out(hooked) is not None
     hooked.get_decoder().layers[0].register_forward_hook(lambda *_: None)
     assert "hooks" in why_not(hooked)
+    patched = make("llama")
+    patched.get_decoder().layers[0].input_layernorm.forward = lambda x: 2 * x
+    assert "forward of its own" in why_not(patched)
     checkpointed = make("llama")
     checkpointed.gradient_checkpointing_enable()
     assert why_not(checkpointed.train())
@@ -156,6 +159,6 @@ def test_what_is_not_written_out_is_named() -> None:
 
 def test_a_model_that_computes_something_else_is_found_by_trying() -> None:
     model = make("llama")
-    model.get_decoder().layers[0].post_attention_layernorm.forward = lambda x: 2 * x
+    model.get_decoder().layers[0].mlp.act_fn = torch.nn.ReLU()
     assert "otherwise" in why_not(model)
     assert written_out(model) is None

@@ -32,7 +32,7 @@ from crosstrain.training import checkpoint
 from crosstrain.training.checkpoint import Checkpoint, write_folder, write_json
 from crosstrain.training.cost import Cost
 from crosstrain.training.display import Display
-from crosstrain.training.loop import Engine, Progress, stage_progress, train_stage
+from crosstrain.training.loop import Engine, NonFinite, Progress, stage_progress, train_stage
 from crosstrain.training.probe import matmul_speed
 from crosstrain.training.record import (
     append_lines,
@@ -349,7 +349,7 @@ class _Run:
             "precision": self.precision,
             "layout": engine.layout,
             "attention": self.model.config._attn_implementation,
-            "forward": why_not(self.model) or "written out",
+            "forward": self._forward(),
             "sampler": getattr(engine.sampler, "path", None),
             "methods": [assemble.describe_method(m) for m in self.methods],
             "data": {n: {"hash": h, "rows": self.loaded.rows[n]} for n, h in self.loaded.hashes.items()},
@@ -374,17 +374,33 @@ class _Run:
             self.record["warnings"].append(text)
             self.display.say(f"warning: {text}")
 
+    def _forward(self) -> str:
+        """How training runs the model: written out, or why by its own code."""
+        self.model.train()
+        reason = why_not(self.model)
+        self.model.eval()
+        return reason or "written out"
+
     def _predict(self, engine: Engine) -> None:
-        """Note what the run will take, once, with the weights that it starts with."""
-        if "predicted" not in self.record:
-            self._forget_peak()
+        """Note what the run will take, once, with the weights that it starts with; none where that cannot be measured.
+
+        A later stage may well fail on those weights, and train on the ones it gets.
+        """
+        if "predicted" in self.record:
+            return
+        self._forget_peak()
+        self.record["predicted"] = None
+        try:
             self.record["predicted"] = asdict(predict(plan_stages(self.recipe, self.ready, engine)))
-            write_json(self.folder / "record.json", self.record)
+        except (UserError, NonFinite, FloatingPointError) as error:
+            self._warn(f"what the run will take could not be measured: {error}")
+        write_json(self.folder / "record.json", self.record)
 
     def _measured(self) -> dict[str, Any]:
         """What training took, in the record beside what was predicted."""
         tally, dtype = self.progress.tally, assemble.computing_dtype(self.recipe, self.device)
-        speed = tally.backward_speed()
+        # of adapters, most gradients of weights are not computed, and a count of all would show too much
+        speed = None if self.recipe.model.lora is not None else tally.backward_speed()
         return {
             "measured": {
                 "seconds": self.progress.cost.seconds,

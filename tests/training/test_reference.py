@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from crosstrain import testing
+from crosstrain.errors import UserError
 from crosstrain.training import reference
 from crosstrain.training.batching import to_batch
 from crosstrain.training.reference import known_reference, reference_column
@@ -28,7 +29,8 @@ def pair(i: int) -> Example:
     return Example(f"train:{i}", "", prompt, answers)
 
 
-def test_a_batch_in_any_order_gets_the_scores_of_its_rows() -> None:
+def test_a_batch_in_any_order_gets_the_scores_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "SLICE", 3)
     model, examples = testing.tiny_model(), [pair(i) for i in range(4)]
     known = known_reference(model, examples)
     batch = to_batch([Group(examples[i], examples[i].expert) for i in (2, 0, 3)])
@@ -51,6 +53,11 @@ def test_a_second_run_reads_what_the_first_computed(cache: Path, monkeypatch: py
     assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
     with pytest.raises(AssertionError, match="computed again"):
         known_reference(model, examples[:3])
+    theta = model.config.rope_parameters["rope_theta"]
+    model.config.rope_parameters["rope_theta"] = theta + 1
+    with pytest.raises(AssertionError, match="computed again"):
+        known_reference(model, examples)
+    model.config.rope_parameters["rope_theta"] = theta
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1e-3
     with pytest.raises(AssertionError, match="computed again"):
@@ -60,5 +67,5 @@ def test_a_second_run_reads_what_the_first_computed(cache: Path, monkeypatch: py
 
 def test_a_row_that_is_not_of_the_data_is_an_error() -> None:
     known = known_reference(testing.tiny_model(), [pair(0)])
-    with pytest.raises(KeyError):
+    with pytest.raises(UserError, match="train:1: the method changed what its row brings"):
         reference_column(to_batch([Group(pair(1), pair(1).expert)]), known)

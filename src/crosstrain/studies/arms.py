@@ -15,7 +15,7 @@ from crosstrain.training.cost import Cost
 
 BASE = "base"
 _OF_RUN = ("steps", "skipped_steps", "stages", "warnings", "peak_memory_gb", "cost")
-_SETUP = ("model", "parameters", "precision", "layout", "sampler", "template_hash", "data")
+_SETUP = ("model", "parameters", "precision", "layout", "forward", "sampler", "template_hash", "data")
 
 
 @dataclass(frozen=True)

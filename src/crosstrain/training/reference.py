@@ -14,11 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from crosstrain.cache import cache_folder
+from crosstrain.errors import UserError
+from crosstrain.llama import why_not
+from crosstrain.training.record import versions
 from crosstrain.training.score import Layout, trajectory_logps
 from crosstrain.types import Batch, Example, Trajectory
 
 Known = Mapping[tuple[tuple[int, ...], tuple[int, ...]], Tensor]
 """Log-probs [T] of a sequence by its tokens and the author of each; 0 on prompt tokens."""
+
+
+SLICE = 512
+"""Sequences that are laid out together: a rectangle of a whole dataset would not fit into memory."""
 
 
 def known_reference(
@@ -34,7 +41,10 @@ def known_reference(
     if place.is_file():
         flat = load_file(place)["logp"]
     else:
-        found = trajectory_logps(model, list(distinct.values()), tokens_per_micro_batch=tokens_per_micro_batch, layout=layout)
+        every = list(distinct.values())
+        slices = [every[start : start + SLICE] for start in range(0, len(every), SLICE)]
+        settings = {"tokens_per_micro_batch": tokens_per_micro_batch, "layout": layout}
+        found = [logp for some in slices for logp in trajectory_logps(model, some, **settings)]
         flat = torch.cat(found) if found else torch.empty(0)
         _write(place, flat)
     values = flat.split([len(t.tokens) for t in distinct.values()])
@@ -42,12 +52,16 @@ def known_reference(
 
 
 def reference_column(batch: Batch, known: Known) -> Tensor:
-    """[B, T] of the batch's rows, 0 at padding. Raises KeyError for a row that was not among the examples."""
+    """[B, T] of the batch's rows, 0 at padding. Raises UserError for a row that was not among the examples."""
     column = torch.zeros(batch.tokens.shape)
     for r, (tokens, source, n) in enumerate(
         zip(batch.tokens.tolist(), batch.source.tolist(), batch.length.tolist(), strict=True)
     ):
-        column[r, :n] = known[_key(tokens[:n], source[:n])]
+        key = _key(tokens[:n], source[:n])
+        if key not in known:
+            example = batch.example_ids[r]
+            raise UserError(f"{example}: the method changed what its row brings; leave precompute_ref_log_probs out")
+        column[r, :n] = known[key]
     return column.to(batch.tokens.device)
 
 
@@ -57,10 +71,12 @@ def _key(tokens: Sequence[int], source: Sequence[int]) -> tuple[tuple[int, ...],
 
 def _name(model: Any, trajectories: Iterable[Trajectory], layout: Layout, tokens_per_micro_batch: int) -> str:
     """sha256 of everything that the values depend on, the order and cut of the computation included."""
-    digest = hashlib.sha256(f"{layout} {tokens_per_micro_batch} {torch.__version__}".encode())
+    config = model.config
+    setting = [layout, tokens_per_micro_batch, config.to_json_string(), config._attn_implementation, why_not(model)]
+    digest = hashlib.sha256(repr([*setting, str(next(model.parameters()).device), sorted(versions().items())]).encode())
     for name, parameter in sorted(model.named_parameters()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(parameter.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     for t in trajectories:
         digest.update(repr(_key(t.tokens, t.source)).encode())
     return digest.hexdigest()
