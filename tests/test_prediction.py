@@ -79,7 +79,7 @@ def test_a_run_is_bit_for_bit_the_same_without_its_prediction(
 
 
 def test_the_record_has_the_prediction_beside_the_fact(world: Path, tmp_path: Path) -> None:
-    found = record(crosstrain.train(recipe(world, "sft"), tmp_path / "sft").folder)
+    found = record(crosstrain.train(recipe(world, "sft", model=str(world / "model")), tmp_path / "sft").folder)
     predicted, measured = found["predicted"], found["measured"]
     assert predicted.keys() == measured.keys() == {"seconds", "peak_memory_gb", "flops", "steps"}
     assert (predicted["flops"], predicted["steps"]) == (measured["flops"], measured["steps"]), "the batches are all of the rows"
@@ -88,6 +88,8 @@ def test_the_record_has_the_prediction_beside_the_fact(world: Path, tmp_path: Pa
     assert measured["peak_memory_gb"] <= found["peak_memory_gb"]
     assert 0 < found["utilisation"] < 1, "tiny layers are nothing but overhead"
     assert found["sampling"] is None
+    adapters = record(crosstrain.train(recipe(world, "sft"), tmp_path / "adapters").folder)
+    assert adapters["utilisation"] is None, "most gradients of weights are not computed"
 
 
 def test_the_record_says_how_far_the_sampler_was_off(world: Path, tmp_path: Path) -> None:
