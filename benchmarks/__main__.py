@@ -69,35 +69,17 @@ class Bench:
 
     def ours(self, work: str, precision: str) -> Side:
         """Our worker for a work."""
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.ours",
-            work,
-            precision,
-            str(self.rows),
-            self.model,
-            "--device",
-            self.device,
-        ]
-        return Side(command, f"ours-{work.replace(':', '-')}-{precision}")
+        return self._side("ours", sys.executable, work, precision, {})
 
     def peer(self, work: str, precision: str, settings: Settings) -> Side:
         """The peer's worker for a work with settings."""
-        command = [
-            self.peer_python,
-            "-m",
-            "benchmarks.peer",
-            work,
-            precision,
-            str(self.rows),
-            self.model,
-            "--device",
-            self.device,
-        ]
+        return self._side("peer", self.peer_python, work, precision, settings)
+
+    def _side(self, who: str, python: str, work: str, precision: str, settings: Settings) -> Side:
+        command = [python, "-m", f"benchmarks.{who}", work, precision, str(self.rows), self.model, "--device", self.device]
         for key, value in settings.items():
             command += ["--set", f"{key}={json.dumps(value)}"]
-        return Side(command, f"peer-{work.replace(':', '-')}-{precision}", label(settings))
+        return Side(command, f"{who}-{work.replace(':', '-')}-{precision}", label(settings))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
