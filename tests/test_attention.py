@@ -29,10 +29,12 @@ def tensors(rows: int, heads: int, keys: int, length: int, columns: int, seed: i
     length=st.integers(1, 6),
     past=st.integers(0, 4),
     masked=st.booleans(),
+    block=st.integers(1, 7),
+    memory=st.sampled_from([1, attention.BLOCK_BYTES]),
     seed=st.integers(0, 99),
 )
 def test_values_and_gradients_are_those_of_the_fused_kernel(
-    rows: int, shared: int, keys: int, length: int, past: int, masked: bool, seed: int
+    rows: int, shared: int, keys: int, length: int, past: int, masked: bool, block: int, memory: int, seed: int
 ) -> None:
     columns = length + past if masked or length == 1 else length
     q, k, v = tensors(rows, shared * keys, keys, length, columns, seed)
@@ -42,8 +44,13 @@ def test_values_and_gradients_are_those_of_the_fused_kernel(
         mask = torch.rand(rows, 1, length, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
         mask[..., 0] = True  # what sees nothing is tested by itself
     expected, _ = sdpa_attention_forward(module, q, k, v, mask)
-    found, _ = short_attention(module, q, k, v, mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "QUERIES", block)
+        patch.setattr(attention, "BLOCK_BYTES", memory)
+        found, _ = short_attention(module, q, k, v, mask)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        torch.testing.assert_close(short_attention(module, q, k, v, mask)[0], expected, rtol=0, atol=1e-12)
     g = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
     for one, other in zip(torch.autograd.grad(found, (q, k, v), g), torch.autograd.grad(expected, (q, k, v), g), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)

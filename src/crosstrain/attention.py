@@ -3,29 +3,53 @@
 torch's kernel for processors is made for long rows. For rows of 60 tokens its backward takes several times longer than the same
 attention written as matrix products, and for decoding, one query per row, it takes ten times longer, because keys that several
 query heads share are copied for each of them first. Here the query heads that share a key are rows of one matrix product.
+Queries are taken a block at a time with the columns that any of them sees: nothing is computed between the many short texts of a
+line, or of what comes after a query. Scores exist for a few lines at once, small enough for the processor's cache; backward
+computes them again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from crosstrain.architecture import is_plain
+from crosstrain.head import bf16_products
 
 NAME = "crosstrain_short"
 """What transformers knows this attention by (`config._attn_implementation`)."""
 
-LONGEST = {torch.bfloat16: 320}
+LONGEST = {torch.bfloat16: 640}
 """Columns up to which plain products are faster than torch's kernel, forward and backward, whose bf16 backward is slow; measured on
-an AVX-512 processor. One query is always short."""
+processors with AVX-512 and AMX. One query is always short."""
 
 LONGEST_WIDE = 112
-"""The same for fp32, measured on a processor with AVX2."""
+"""The same for fp32, measured on processors with AVX2 and AVX-512."""
+
+BLOCK_BYTES = 2**23
+"""Scores that exist at once."""
+
+QUERIES = 64
+"""Queries of a line that are computed together: fewer see fewer columns, more make larger products."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring queries, l of them, and what any of them sees: the columns of each line (or the same of all), [N or 1, W], and
+    what is added to their scores, [N or 1, 1, l, W]."""
+
+    queries: slice
+    columns: Tensor
+    bias: Tensor
 
 
 def short_attention(
@@ -45,27 +69,200 @@ def short_attention(
     causal attention of rows without padding. Returns [B, L, H, D]. Long rows, dropout and everything that is not plain
     attention go to torch's kernel.
     """
-    rows, heads, length, size = query.shape
-    columns = key.shape[2]
+    length, columns = query.shape[2], key.shape[2]
     plain = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
-    if dropout or not plain or (length > 1 and columns > LONGEST.get(query.dtype, LONGEST_WIDE)) or _asks_for_more(kwargs):
+    if dropout or not plain or not is_short(query.dtype, length, columns) or _asks_for_more(kwargs):
         more = {**kwargs, "dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)  # type: ignore[no-any-return]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    keys, shared = key.shape[1], heads // key.shape[1]
-    queries = (query.to(wide) * (size**-0.5 if scaling is None else scaling)).reshape(rows * keys, shared * length, size)
-    scores = torch.bmm(queries, key.to(wide).reshape(rows * keys, columns, size).transpose(1, 2))
-    scores = scores.view(rows, keys, shared, length, columns)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    seen = attention_mask[:, :, None] if attention_mask is not None else None
-    if seen is None and causal and length > 1:
-        seen = torch.ones(length, columns, dtype=torch.bool, device=query.device).tril()
-    if seen is not None:
-        # the lowest number and not -inf: a row of padding sees nothing, and must not become NaN
-        scores = scores.masked_fill(~seen, torch.finfo(wide).min)
-    weights = torch.softmax(scores, dim=-1).to(value.dtype)
-    mixed = torch.bmm(weights.view(rows * keys, shared * length, columns), value.reshape(rows * keys, columns, value.shape[3]))
-    return mixed.view(rows, heads, length, value.shape[3]).transpose(1, 2), None
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    if length == 1 and not torch.is_grad_enabled():
+        return attend_one(query, key, value, added(attention_mask, query.dtype), scale), None
+    mask = attention_mask
+    if mask is None:
+        mask = torch.ones(1, 1, length, columns, dtype=torch.bool, device=query.device)
+        if length > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+            mask = mask.tril()
+    return attend(query, key, value, blocks(mask, query.dtype), scale), None
+
+
+def is_short(dtype: torch.dtype, length: int, columns: int) -> bool:
+    """Whether what is here is the faster way on a processor for `length` queries that see `columns`."""
+    return length == 1 or columns <= LONGEST.get(dtype, LONGEST_WIDE)
+
+
+def added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What a mask adds to scores: 0 where it is true, else the lowest number (and not -inf: a row of padding sees nothing, and must
+    not become NaN). In fp32, or fp64 for inputs of that dtype."""
+    if mask is None:
+        return None
+    wide = _wide(dtype)
+    return torch.zeros(mask.shape, dtype=wide, device=mask.device).masked_fill_(~mask, torch.finfo(wide).min)
+
+
+def blocks(mask: Tensor, dtype: torch.dtype) -> list[Block]:
+    """Queries in blocks with what they see, for inputs of a dtype. mask: [N or 1, 1, L, S] bool.
+
+    >>> [first, second] = blocks(torch.ones(1, 1, 100, 100, dtype=torch.bool).tril(), torch.float32)
+    >>> second.queries, first.columns.shape, second.columns.shape
+    (slice(64, 100, None), torch.Size([1, 64]), torch.Size([1, 100]))
+    """
+    result = []
+    for start in range(0, mask.shape[2], QUERIES):
+        part = mask[:, 0, start : start + QUERIES]
+        seen = part.any(dim=1)
+        width = max(int(seen.sum(dim=1).max()), 1)
+        # those that are seen first, in their order; lines that see fewer are filled up with others, which the bias hides
+        columns = seen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+        bias = added(part.gather(2, columns[:, None].expand(-1, part.shape[1], -1)), dtype)
+        assert bias is not None
+        result.append(Block(slice(start, start + part.shape[1]), columns, bias[:, None]))
+    return result
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, seen: Sequence[Block], scaling: float) -> Tensor:
+    """softmax(query key' scaling + bias) value, [N, L, H, D], with gradient to query, key and value.
+
+    query: [N, H, L, D]. key, value: [N, K, S, D]. seen: see `blocks`.
+    """
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(q, k, v, seen, scaling)  # type: ignore[no-any-return, no-untyped-call]
+    return _forward(q, k, v, seen, scaling)
+
+
+def attend_one(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+    """`attend` of one query per line, [N, 1, H, D], all of it in fp32, whose small products are faster than bf16's.
+
+    bias: [N or 1, 1, 1, S] in fp32, or None where all columns are seen.
+    """
+    lines, heads, _, size = query.shape
+    keys, columns, wide = key.shape[1], key.shape[2], _wide(query.dtype)
+    q = query.to(wide).mul(scaling).reshape(lines * keys, heads // keys, size)
+    scores = torch.bmm(q, key.to(wide).reshape(lines * keys, columns, size).transpose(1, 2))
+    if bias is not None:
+        scores.view(lines, heads, columns).add_(bias[:, 0])
+    mixed = torch.bmm(torch.softmax(scores, dim=-1), value.to(wide).reshape(lines * keys, columns, value.shape[3]))
+    return mixed.to(query.dtype).view(lines, 1, heads, value.shape[3])
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, seen: Sequence[Block], scaling: float) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.seen, ctx.scaling = seen, scaling
+        return _forward(query, key, value, seen, scaling)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        memory = _scores_memory(query, ctx.seen)
+        of_query = query.new_empty(query.shape)
+        # sums over blocks of queries are in at least fp32
+        of_key, of_value = (
+            torch.zeros(len(t) * t.shape[1], t.shape[2] * t.shape[3], dtype=memory.dtype, device=t.device) for t in (key, value)
+        )
+        for part in _parts(query, key, value, ctx.seen):
+            q, k, v = part.query, part.key, part.value
+            weights = _weights(part, ctx.scaling, memory).to(v.dtype)
+            g = _by_key(grad[part.lines, part.queries], part.keys)
+            of_value.index_add_(0, part.rows, _by_row(torch.bmm(weights.transpose(1, 2), g), part.keys).to(memory.dtype))
+            of_weights = torch.bmm(g, v.transpose(1, 2))
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            of_query[part.lines, part.queries] = _by_query(torch.bmm(of_scores, k).mul_(ctx.scaling), part)
+            of_key.index_add_(
+                0, part.rows, _by_row(torch.bmm(of_scores.transpose(1, 2), q).mul_(ctx.scaling), part.keys).to(memory.dtype)
+            )
+        return of_query, of_key.view(key.shape).to(key.dtype), of_value.view(value.shape).to(value.dtype), None, None
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, seen: Sequence[Block], scaling: float) -> Tensor:
+    """query: [N, L, H, D]. key, value: [N, S, K, D]. Returns [N, L, H, D]."""
+    memory = _scores_memory(query, seen)
+    mixed = query.new_empty(*query.shape[:3], value.shape[3])
+    for part in _parts(query, key, value, seen):
+        weights = _weights(part, scaling, memory).to(value.dtype)
+        mixed[part.lines, part.queries] = _by_query(torch.bmm(weights, part.value), part)
+    return mixed
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A block of queries of n lines, ready for matrix products: the G heads that share a key are rows of one.
+
+    query: [n K, G l, D]. key, value: [n K, W, D]. rows: [n W], where the columns are in [N S]. bias: [n or 1, 1, l, W]. keys: K.
+    """
+
+    lines: slice
+    queries: slice
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    rows: Tensor
+    bias: Tensor
+    keys: int
+
+
+def _parts(query: Tensor, key: Tensor, value: Tensor, seen: Sequence[Block]) -> Iterator[_Part]:
+    several, columns, keys, _ = key.shape
+    flat_key, flat_value = key.reshape(several * columns, -1), value.reshape(several * columns, -1)
+    first = torch.arange(0, several * columns, columns, device=key.device)[:, None]
+    for block in seen:
+        rows = first + block.columns
+        step = max(1, BLOCK_BYTES // (4 * query.shape[2] * block.bias.shape[2] * rows.shape[1]))
+        for start in range(0, several, step):
+            lines = slice(start, min(start + step, several))
+            here = rows[lines].flatten()
+            k, v = (_by_column(flat.index_select(0, here), lines.stop - start, keys) for flat in (flat_key, flat_value))
+            bias = block.bias[lines] if len(block.bias) > 1 else block.bias
+            q = _by_key(query[lines, block.queries], keys)
+            yield _Part(lines, block.queries, q, k, v, here, bias, keys)
+
+
+def _by_key(query: Tensor, keys: int) -> Tensor:
+    """[n, l, K G, D] as [n K, G l, D]."""
+    lines, length, heads, size = query.shape
+    apart = query.view(lines, length, keys, heads // keys, size) if query.is_contiguous() else query.unflatten(2, (keys, -1))
+    return apart.permute(0, 2, 3, 1, 4).reshape(lines * keys, heads // keys * length, size)
+
+
+def _by_query(mixed: Tensor, part: _Part) -> Tensor:
+    """[n K, G l, D] as [n, l, K G, D]."""
+    lines, length = part.lines.stop - part.lines.start, part.bias.shape[2]
+    return mixed.view(lines, part.keys, -1, length, mixed.shape[2]).permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _by_column(flat: Tensor, lines: int, keys: int) -> Tensor:
+    """[n W, K D] as [n K, W, D]."""
+    return flat.view(lines, -1, keys, flat.shape[1] // keys).transpose(1, 2).flatten(0, 1)
+
+
+def _by_row(columns: Tensor, keys: int) -> Tensor:
+    """[n K, W, D] as [n W, K D]."""
+    return columns.unflatten(0, (-1, keys)).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def _scores_memory(query: Tensor, seen: Sequence[Block]) -> Tensor:
+    """Room for the scores of any part: to get it anew for each takes longer than to fill it."""
+    line = max(query.shape[2] * block.bias.shape[2] * block.columns.shape[1] for block in seen)
+    return torch.empty(max(line, min(BLOCK_BYTES // 4, len(query) * line)), dtype=_wide(query.dtype), device=query.device)
+
+
+def _weights(part: _Part, scaling: float, memory: Tensor) -> Tensor:
+    """softmax(query key' scaling + bias), [n K, G l, W] in `memory`."""
+    several, queries, _ = part.query.shape
+    length, columns = part.bias.shape[2:]
+    scores = memory[: several * queries * columns].view(several, queries, columns)
+    exact = part.query.dtype == part.key.dtype == torch.bfloat16 and part.query.device.type == "cpu"
+    with bf16_products() if exact else nullcontext():
+        torch.bmm(part.query.to(memory.dtype), part.key.to(memory.dtype).transpose(1, 2), out=scores)
+    apart = scores.view(-1, part.keys * queries // length, length, columns)
+    torch.add(part.bias, apart, alpha=scaling, out=apart)
+    return torch.softmax(scores, dim=-1, out=scores)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _asks_for_more(kwargs: dict[str, Any]) -> bool:

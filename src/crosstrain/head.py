@@ -17,10 +17,17 @@ PROBE_LOGIT = 40.0
 """Largest logit of the check: large enough that a soft cap (30 in Gemma 2) bends it, small enough for fp16."""
 
 
-def head_logits(model: Any, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+FEW = 4
+"""Rows up to which fp32 products, bound by reading the weights, are faster without bf16 instructions, which read no less."""
+
+
+def head_logits(
+    model: Any, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None, memory: Tensor | None = None
+) -> Tensor:
     """Logits [..., V] of hidden states [..., D], as the model's own forward gives them but in fp32 (fp64 stays fp64).
 
-    parameters: the head's parameters already cast (see `head_parameters`), to save casting them in every call.
+    parameters: the head's parameters already cast (see `head_parameters`), to save casting them in every call. memory: [>= M, V] of
+    their dtype, which the logits of [M, D] hidden states are written to where the head is one matrix.
     What a head is made of does not matter: LoRA on it, or a trained copy of it, is used. After the head come the scales and
     soft caps of published architectures (Cohere, Granite, Gemma); `check_head` finds models that do something else.
     """
@@ -29,7 +36,9 @@ def head_logits(model: Any, hidden: Tensor, parameters: Mapping[str, Tensor] | N
     dtype = next(iter(parameters.values())).dtype
     weight = plain_head(model)
     exact = weight is not None and hidden.dtype == weight.dtype == torch.bfloat16 and hidden.device.type == "cpu"
-    with bf16_products() if exact else nullcontext():
+    with bf16_products() if exact and len(hidden) > FEW else nullcontext():
+        if memory is not None and weight is not None:
+            return torch.mm(hidden.to(dtype), parameters["weight"].T, out=memory[: len(hidden)])
         logits: Tensor = functional_call(model.get_output_embeddings(), dict(parameters), (hidden.to(dtype),))
     return _after_head(model, logits)
 

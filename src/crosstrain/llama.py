@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from crosstrain import attention
+from crosstrain.attention import Block
 from crosstrain.fused import Gate, gated, gated_mlp, norm_linear, rms_norm, rotate, turned
 from crosstrain.head import evaluation_mode
 
@@ -105,6 +106,7 @@ def hidden_states(llama: Llama, tokens: Tensor, positions: Tensor, mask: Tensor 
     x = llama.decoder.embed_tokens(tokens) if embeds is None else embeds
     rows, length, width = x.shape
     cos, sin = _angles(llama, x, positions)
+    seen = _Seen.of(mask, x, length, length)
     x = x.reshape(-1, width)
     for layer in llama.layers:
         m, a = layer.module, layer.module.self_attn
@@ -113,7 +115,7 @@ def hidden_states(llama: Llama, tokens: Tensor, positions: Tensor, mask: Tensor 
         norm = _norm_weight(m.input_layernorm, llama)
         qkv = norm_linear(x, norm, llama.eps, [p.weight for p in parts], biases, layer.qkv).view(rows, length, -1)
         query, key, value = _heads(llama, layer, qkv, cos, sin, grad=True)
-        mixed = _attention(a, query, key, value, mask, llama.scaling).reshape(len(x), -1)
+        mixed = _attention(a, query, key, value, seen, llama.scaling).reshape(len(x), -1)
         x = _project(a.o_proj, mixed, x)
         norm = _norm_weight(m.post_attention_layernorm, llama)
         mlp = m.mlp
@@ -127,12 +129,14 @@ def hidden_states(llama: Llama, tokens: Tensor, positions: Tensor, mask: Tensor 
 def extend(llama: Llama, tokens: Tensor, positions: Tensor, cache: Any) -> Tensor:
     """Run new columns of a `PreallocatedCache`, whose keys and values are added to it: the last column's hidden states, [N, E].
 
-    tokens, positions: [N, L]; a new column sees the real ones before it in its row, and itself.
+    tokens, positions: [N, L]; a new column sees the real ones before it in its row, and itself. On a processor the cache holds
+    bf16 keys and values in fp32: `attention.attend` of one query would cast all of them for every token.
     """
     x = llama.decoder.embed_tokens(tokens)
     rows, length, width = x.shape
     cos, sin = _angles(llama, x, positions)
-    mask = _seen(cache, length)
+    wide = torch.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x.dtype
+    seen = _Seen.of(_seen(cache, length), x, length, cache.length + length)
     x = x.reshape(-1, width)
     last = len(llama.layers) - 1
     for i, layer in enumerate(llama.layers):
@@ -142,11 +146,14 @@ def extend(llama: Llama, tokens: Tensor, positions: Tensor, cache: Any) -> Tenso
         query, key, value = _heads(llama, layer, qkv, cos, sin, grad=False)
         if length > 1:  # a cache keeps what a prefill gives it, which must not be part of something larger
             key, value = key.contiguous(), value.contiguous()
-        key, value = cache.update(key, value, i)
+        if cache.length:
+            key, value = cache.update(key, value, i)
+        else:  # the new ones are all there are
+            cache.update(key.to(wide), value.to(wide), i)
         if i == last and length > 1:  # nobody reads the other columns of the last layer
             query, x = query[:, :, -1:], x.view(rows, length, width)[:, -1]
-            mask = None if mask is None else mask[:, :, -1:]
-        mixed = _attention(a, query, key, value, mask, llama.scaling).reshape(len(x), -1)
+            seen = seen.by_the_last(x)
+        mixed = _attention(a, query, key, value, seen, llama.scaling).reshape(len(x), -1)
         x = _project(a.o_proj, mixed, x)
         gate_up = F.linear(rms_norm(x, _norm_weight(m.post_attention_layernorm, llama), llama.eps), layer.gate_up)
         x = torch.addmm(x, gated(gate_up, llama.gate), m.mlp.down_proj.weight.T)
@@ -185,10 +192,41 @@ def _sizes(llama: Llama) -> list[int]:
     return [llama.heads * llama.size, llama.keys * llama.size, llama.keys * llama.size]
 
 
-def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """[N, L, H, D]; ours on a processor, torch's fused kernel elsewhere."""
-    attend = attention.short_attention if query.device.type == "cpu" else sdpa_attention_forward
-    return attend(module, query, key, value, mask, scaling=scaling, is_causal=None)[0]
+@dataclass(frozen=True)
+class _Seen:
+    """Who sees whom, made once for all layers. mask: [N or 1, 1, L, S] bool, or None for causal rows without padding.
+
+    bias: the mask as it is added to the scores of one query per row. blocks: of several, where attention is ours; else None.
+    """
+
+    mask: Tensor | None
+    bias: Tensor | None = None
+    blocks: list[Block] | None = None
+
+    @staticmethod
+    def of(mask: Tensor | None, x: Tensor, length: int, columns: int) -> _Seen:
+        """For `length` new columns of the dtype and device of `x`, the last of which is column `columns`."""
+        if x.device.type != "cpu" or not attention.is_short(x.dtype, length, columns):
+            return _Seen(mask)
+        if length == 1:
+            return _Seen(mask, bias=attention.added(mask, x.dtype))
+        if mask is None:
+            mask = torch.ones(1, 1, length, columns, dtype=torch.bool).tril()
+        return _Seen(mask, blocks=attention.blocks(mask, x.dtype))
+
+    def by_the_last(self, x: Tensor) -> _Seen:
+        """What the last of the new columns sees."""
+        mask = None if self.mask is None else self.mask[:, :, -1:]
+        return _Seen(mask, bias=attention.added(mask, x.dtype))
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, seen: _Seen, scaling: float) -> Tensor:
+    """[N, L, H, D]; ours for short rows on a processor, torch's fused kernel elsewhere."""
+    if seen.blocks is not None:
+        return attention.attend(query, key, value, seen.blocks, scaling)
+    if query.shape[2] == 1 and query.device.type == "cpu":
+        return attention.attend_one(query, key, value, seen.bias, scaling)
+    return sdpa_attention_forward(module, query, key, value, seen.mask, scaling=scaling, is_causal=None)[0]  # type: ignore[no-any-return]
 
 
 def _project(linear: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:

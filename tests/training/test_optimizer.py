@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -158,3 +161,14 @@ def test_buffers_keep_their_precision() -> None:
     Optimizer(model, "mixed")
     found: dict[str, Tensor] = dict(model.named_buffers())
     assert before and all(torch.equal(before[n], found[n]) and found[n].dtype == torch.float32 for n in before)
+
+
+def test_an_optimizer_that_is_let_go_frees_its_model() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = Optimizer(model, "mixed")
+    model(torch.ones(1, 4, dtype=torch.bfloat16)).sum().backward()
+    optimizer.step(0.1)
+    left = weakref.ref(model)
+    del model, optimizer
+    gc.collect()
+    assert left() is None

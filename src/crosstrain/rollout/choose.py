@@ -21,7 +21,8 @@ def choose(
     logits: [P, V] in at least fp32. place: [R], which of them is each row's: rows may share one, and what is computed of a whole
     vocabulary is computed once for them. uniform: [R] in [0, 1). greedy: [R] bool, rows that take the most likely token. The
     log-prob is under softmax(logits / temperature) over the whole vocabulary, whatever top_p and top_k remove; at temperature 0
-    under softmax(logits). It is NaN where logits are NaN.
+    under softmax(logits). It is NaN where logits are NaN. The logits are overwritten: new memory for as many numbers would
+    take longer to get than to fill.
 
     >>> logits, one = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([0, 0])
     >>> choose(logits, one, torch.tensor([0.05, 0.99]), 1.0, 1.0, 0, torch.tensor([False, False]))[0]
@@ -29,12 +30,15 @@ def choose(
     """
     scale = temperature if temperature > 0 else 1.0
     highest, best = logits.max(dim=1)
-    weight = (logits - highest[:, None]).div_(scale).exp_()
+    weight = logits.sub_(highest[:, None])
+    if scale != 1:
+        weight.div_(scale)
+    weight.exp_()
     token = best[place]
     if temperature > 0 and not bool(greedy.all()):
         token = torch.where(greedy, token, _draw(weight, place, uniform, top_p, top_k))
-    chosen = (logits[place, token] - highest[place]) / scale
-    return token, chosen - weight.sum(dim=1).log()[place]
+    # a drawn token's weight is positive; log and exp cancel to fp32's last digits
+    return token, weight[place, token].log() - weight.sum(dim=1).log()[place]
 
 
 def _draw(weight: Tensor, place: Tensor, uniform: Tensor, top_p: float, top_k: int) -> Tensor:

@@ -44,6 +44,7 @@ class Policy:
 
     llama: the decoder written out (`crosstrain.llama`), or None where the model's own code runs.
     parameters: the head's, cast once; None where only the model's own forward knows the logits (see `check_head`).
+    memory: room for the logits of HEAD_ROWS lines, which every token's are written to.
     shares_start: whether prompts of one prefill may share the columns of what they start with. Not where attention counts columns
     (local windows, ALiBi): there may be unused ones between the start and the rest.
     """
@@ -53,6 +54,7 @@ class Policy:
     llama: Llama | None
     parameters: dict[str, Tensor] | None
     device: torch.device
+    memory: Tensor | None = None
     shares_start: bool = False
 
 
@@ -270,7 +272,7 @@ def _draw(policy: Policy, hidden: Tensor, owner: Tensor, row: Tensor, rows: Rows
     pieces = []
     for some, own in zip(torch.split(row, sizes := _row_counts(place)), torch.split(place, sizes), strict=True):
         first = int(own[0])
-        logits = head_logits(policy.model, hidden[owners[first : first + HEAD_ROWS]], policy.parameters)
+        logits = head_logits(policy.model, hidden[owners[first : first + HEAD_ROWS]], policy.parameters, policy.memory)
         pieces.append(rows.take(some, logits, own - first))
     token, live = (torch.cat(found) for found in zip(*pieces, strict=True))
     live, size = torch.nonzero(live).flatten(), logits.shape[1]

@@ -10,9 +10,9 @@ import torch
 
 from crosstrain.architecture import has_local_attention, is_plain
 from crosstrain.errors import UserError
-from crosstrain.head import check_head, evaluation_mode, head_logits, head_parameters
+from crosstrain.head import check_head, evaluation_mode, head_logits, head_parameters, plain_head
 from crosstrain.llama import written_out
-from crosstrain.rollout.decode import Ask, Policy, cached, plain
+from crosstrain.rollout.decode import HEAD_ROWS, Ask, Policy, cached, plain
 from crosstrain.rollout.rows import Rows
 from crosstrain.rollout.sampler import Completion, Prompt, Sampling, check_keys
 
@@ -73,7 +73,7 @@ class TorchSampler:
         _check_length(self.model, prompts, sampling)
         found = self._look()
         with evaluation_mode(self.model):
-            policy = _policy(self.model, found.known_head)
+            policy = _policy(self.model, found.known_head, sum(p.n for p in prompts))
             rows = _rows(policy, prompts, sampling, self.stop_token_ids, seed, step)
             run = cached if found.path == "cached" else plain
             run(policy, _asks(prompts, rows, self.token_budget), rows, self.token_budget)
@@ -85,11 +85,14 @@ class TorchSampler:
         return self._found
 
 
-def _policy(model: Any, known_head: bool) -> Policy:
+def _policy(model: Any, known_head: bool, rows: int) -> Policy:
     parameter = next(model.get_output_embeddings().parameters())
     head = head_parameters(model) if known_head else None
     shares_start = is_plain(model) and not has_local_attention(model)
-    return Policy(model, model.get_decoder(), written_out(model), head, parameter.device, shares_start)
+    memory = None
+    if head is not None and plain_head(model) is not None:
+        memory = head["weight"].new_empty(min(rows, HEAD_ROWS), len(head["weight"]))
+    return Policy(model, model.get_decoder(), written_out(model), head, parameter.device, memory, shares_start)
 
 
 def _rows(policy: Policy, prompts: Sequence[Prompt], sampling: Sampling, stops: Sequence[int], seed: int, step: int) -> Rows:
@@ -155,7 +158,7 @@ def _gap(model: Any) -> float:
     prompts = [Prompt(tuple((7 * i + k * (i > 0)) % vocabulary for i in range(1 + 4 * k)), 2, f"probe {k}") for k in (1, 2, 3)]
     gaps = []
     with evaluation_mode(model):
-        policy = _policy(model, known_head=True)
+        policy = _policy(model, known_head=True, rows=sum(p.n for p in prompts))
         rows = _rows(policy, prompts, Sampling(max_completion_length=3), (), seed=0, step=0)
         cached(policy, _asks(prompts, rows, 1_000), rows, 1_000)
         for prompt, completions in zip(prompts, rows.completions(), strict=True):

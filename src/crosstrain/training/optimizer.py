@@ -26,13 +26,14 @@ class Optimizer:
         self.precision = precision
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = dict(self.trainable)
+        self._sums: dict[str, Tensor] = {}
         if precision == "mixed":
             self.masters = {name: p.detach().float().clone() for name, p in self.trainable.items()}
         if precision in ("mixed", "bf16"):
             cast_parameters(model, torch.bfloat16)
         if precision == "mixed":
             for name, p in self.trainable.items():
-                p.register_post_accumulate_grad_hook(_add_to(self.masters[name]))
+                p.register_post_accumulate_grad_hook(_add_to(self.masters[name], name, self._sums))
         self.begin()
 
     def begin(
@@ -50,6 +51,7 @@ class Optimizer:
     def end(self) -> None:
         """Let go of gradients and moments: nothing is trained any more."""
         self.zero_grad()
+        self._sums.clear()
         self.adamw.state.clear()
 
     def zero_grad(self) -> None:
@@ -66,8 +68,10 @@ class Optimizer:
     def clip(self, max_grad_norm: float) -> float:
         """Scale the gradient down to at most `max_grad_norm` (0: never) and return its norm before that."""
         params = [m for m in self.masters.values() if m.grad is not None]
-        limit = max_grad_norm if max_grad_norm > 0 else float("inf")
-        return float(nn.utils.clip_grad_norm_(params, limit))
+        norm = nn.utils.get_total_norm([m.grad for m in params if m.grad is not None])
+        if (size := float(norm)) > max_grad_norm > 0:  # else torch would multiply every gradient by 1
+            nn.utils.clip_grads_with_norm_(params, max_grad_norm, norm)
+        return size
 
     def step(self, learning_rate: float) -> None:
         """One AdamW step at `learning_rate`, written back to the computing weights."""
@@ -80,8 +84,7 @@ class Optimizer:
     @torch.no_grad()
     def _write_back(self) -> None:
         if self.precision == "mixed":
-            for name, p in self.trainable.items():
-                p.copy_(self.masters[name])
+            torch._foreach_copy_(list(self.trainable.values()), list(self.masters.values()))
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights at full precision, by parameter name."""
@@ -121,13 +124,21 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
             p.data = p.data.to(dtype)
 
 
-def _add_to(master: Tensor) -> Callable[[Tensor], None]:
+def _add_to(master: Tensor, name: str, sums: dict[str, Tensor]) -> Callable[[Tensor], None]:
+    """What adds a parameter's gradient to its master's, in memory that is kept in `sums`: to get new memory from the system for
+    every step takes longer than the sum.
+
+    It must not know the optimizer, which knows the parameter: nothing would free that circle.
+    """
+
     def hook(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        if master.grad is None:
-            master.grad = parameter.grad.float()
-        else:
+        if master.grad is not None:
             master.grad += parameter.grad
+        else:
+            if name not in sums:
+                sums[name] = torch.empty_like(master)
+            master.grad = sums[name].copy_(parameter.grad)
         parameter.grad = None
 
     return hook

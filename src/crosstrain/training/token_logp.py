@@ -26,6 +26,10 @@ KEPT_BYTES = 2**29
 """Probabilities larger than this are computed again in backward, chunk by chunk."""
 
 
+CAST_ROWS = 2048
+"""Rows of the weight that are cast at once: 2048 x 576 in fp32 are 5 MB."""
+
+
 class TokenLogp(NamedTuple):
     """logp, entropy: [M] in nats, at least fp32. correct: [M] bool, whether the token is the most likely one. Only logp has a
     gradient."""
@@ -61,10 +65,10 @@ class _TokenLogp(torch.autograd.Function):
         exact = hidden.dtype == weight.dtype == torch.bfloat16 and hidden.device.type == "cpu"
         if any(ctx.needs_input_grad[:2]) and size <= KEPT_BYTES:
             kept = torch.empty(len(hidden), weight.shape[0], dtype=hidden.dtype, device=hidden.device)
-        wide_weight = weight.to(dtype)
+        memory = _logits_memory(hidden, weight, dtype)
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits = _logits(hidden[rows], wide_weight, temperature, exact)
+            logits = _logits(hidden[rows], weight, temperature, exact, memory)
             for first in range(0, len(logits), BLOCK):
                 part = slice(start + first, min(start + first + BLOCK, start + CHUNK))
                 z = logits[first : first + BLOCK]
@@ -89,21 +93,23 @@ class _TokenLogp(torch.autograd.Function):
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, logp, kept = ctx.saved_tensors
-        wide_weight = weight.to(_wide(hidden)) if kept is None else None
+        memory = _logits_memory(hidden, weight, logp.dtype) if kept is None else None
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         of_weight = None
         scaled = gradient / ctx.temperature
         step = CHUNK if kept is None else max(len(hidden), 1)
         for start in range(0, max(len(hidden), 1), step):
             rows = slice(start, start + step)
-            if kept is None:
-                p = torch.softmax(_logits(hidden[rows], wide_weight, ctx.temperature, ctx.exact), dim=1).to(hidden.dtype)
-            else:
+            if memory is None:
                 p = kept[rows]
+            else:
+                logits = _logits(hidden[rows], weight, ctx.temperature, ctx.exact, memory)
+                p = torch.softmax(logits, dim=1, out=logits).to(hidden.dtype, copy=True)
             of_logits = p.mul_(-scaled[rows, None].to(p.dtype))
             # 1 - p of a likely token, from its log-prob: the difference of rounded numbers would be mostly rounding
             at_target = scaled[rows] * -torch.expm1(logp[rows])
-            of_logits.scatter_(1, targets[rows, None], at_target[:, None].to(p.dtype))
+            # scatter_ would copy all of them
+            of_logits.index_put_((torch.arange(len(p), device=p.device), targets[rows]), at_target.to(p.dtype))
             if of_hidden is not None:
                 of_hidden[rows] = of_logits @ weight
             if ctx.needs_input_grad[1]:
@@ -113,9 +119,19 @@ class _TokenLogp(torch.autograd.Function):
         return of_hidden, None if of_weight is None else of_weight.to(weight.dtype), None, None
 
 
-def _logits(hidden: Tensor, wide_weight: Tensor, temperature: float, exact: bool) -> Tensor:
+def _logits_memory(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for the logits of a chunk: to get it anew for each takes longer than to fill it."""
+    return torch.empty(min(CHUNK, len(hidden)), len(weight), dtype=dtype, device=hidden.device)
+
+
+def _logits(hidden: Tensor, weight: Tensor, temperature: float, exact: bool, memory: Tensor) -> Tensor:
+    """hidden weight' / temperature in `memory`, whose dtype both are cast to: the weight by parts, which stay in a cache."""
+    logits, wide = memory[: len(hidden)], hidden.to(memory.dtype)
+    step = len(weight) if weight.dtype == memory.dtype or weight.device.type != "cpu" else CAST_ROWS
     with bf16_products() if exact else nullcontext():
-        logits = hidden.to(wide_weight.dtype) @ wide_weight.T
+        for first in range(0, len(weight), step):
+            part = weight[first : first + step].to(memory.dtype)
+            torch.mm(wide, part.T, out=logits[:, first : first + step])
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
