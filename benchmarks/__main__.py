@@ -34,7 +34,8 @@ RESULTS = Path(__file__).with_name("results.json")
 @dataclass(frozen=True)
 class Row:
     """A line of the results. ours, peer: the work's units per second. ratio: ours to the peer's, step by step in turn: the median,
-    the smallest and the largest. memory_ratio: of peak memory, ours to the peer's. peer_tried: speed of each setting tried.
+    the smallest and the largest. memory_ratio: of peak memory, ours to the peer's. peer_tried: speed of each setting, in the first
+    precision, where they were tried.
     """
 
     work: str
@@ -54,6 +55,10 @@ class Row:
     peer_settings: str = ""
     peer_tried: dict[str, float] = field(default_factory=dict)
     steps: int = 0
+
+
+Chosen = dict[str, Any]
+"""best: which of a work's settings for the peer is the fastest. tried: the speed of each by its label."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +101,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: list[Row] = []
     checks: list[Check] = []
     failed: list[str] = []
-    peer_versions = _peer_versions(options.peer_python)
+    record: dict[str, Any] = {
+        "machine": hardware(torch.device(options.device)),
+        "bf16_instructions": bf16,
+        "versions": {**versions(), **_peer_versions(options.peer_python)},
+        "model": options.model,
+    }
+    out = options.out or (FOLDER / "results.json" if options.only else RESULTS)  # a part is not the results
+
+    def write() -> None:  # after every row: what an hour has measured should not be lost
+        found_so_far = {"rows": [asdict(r) for r in found], "checks": [asdict(c) for c in checks], "failed": failed}
+        out.write_text(json.dumps({**record, **found_so_far}, indent=1) + "\n", encoding="utf-8")
+
     for work in WORKS:
         if options.only and work.key not in options.only:
             continue
+        chosen: Chosen = {}
         for precision in options.precision or (work.precisions if bf16 else ("fp32",)):
-            _attempt(found, failed, f"{work.title}, {precision}", lambda w=work, p=precision: compare(bench, w, p))
+            _attempt(found, failed, f"{work.title}, {precision}", lambda w=work, p=precision, c=chosen: compare(bench, w, p, c))
+            write()
     if not options.only or "limit" in options.only:
         _attempt(found, failed, "utilisation", lambda: utilisation(bench, "mixed" if bf16 else "fp32"))
+        write()
     if not options.only or "checks" in options.only:
         logs = FOLDER / "logs"
         checks += curves(
@@ -112,17 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wanted = ["loss", "rewards/margins"]
         checks += curves(bench.ours("dpo", "fp32"), bench.peer("dpo", "fp32", {}), logs, 10, "DPO", wanted)
         checks.append(greedy(bench.ours("generate:32:greedy", "fp32"), bench.peer("generate:32:greedy", "fp32", {}), logs))
-    record = {
-        "machine": hardware(torch.device(options.device)),
-        "bf16_instructions": bf16,
-        "versions": {**versions(), **peer_versions},
-        "model": options.model,
-        "rows": [asdict(row) for row in found],
-        "checks": [asdict(check) for check in checks],
-        "failed": failed,
-    }
-    out = options.out or (FOLDER / "results.json" if options.only else RESULTS)  # a part is not the results
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write()
     show(found, checks, record)
     print(f"written to {out}")
     if failed:
@@ -157,13 +166,17 @@ def _attempt(found: list[Row], failed: list[str], title: str, run: Callable[[], 
     print(f"    {row.ours:,.1f} against {row.peer:,.1f} {row.unit}: {row.ratio:.2f}", flush=True)
 
 
-def compare(bench: Bench, work: Work, precision: str) -> Row:
-    """A work in one precision: the fastest of the peer's settings, then both in turn."""
+def compare(bench: Bench, work: Work, precision: str, chosen: Chosen) -> Row:
+    """A work in one precision: the fastest of the peer's settings, then both in turn. chosen: of the work, filled in the first
+    precision and used in the others."""
     logs = FOLDER / "logs"
     sides = [bench.peer(work.key, precision, settings) for settings in work.peers]
-    best, tried = fastest(sides, logs) if bench.search and len(sides) > 1 else (sides[0], {})
+    if not chosen:
+        best, tried = fastest(sides, logs) if bench.search and len(sides) > 1 else (sides[0], {})
+        chosen |= {"best": sides.index(best), "tried": tried}
+    best = sides[chosen["best"]]
     ours, peer = in_turn(bench.ours(work.key, precision), best, logs, bench.steps)
-    return row_of(work, precision, ours, peer, best.label, tried)
+    return row_of(work, precision, ours, peer, best.label, chosen["tried"])
 
 
 def row_of(work: Work, precision: str, ours: Steps, peer: Steps, settings: str, tried: dict[str, float]) -> Row:

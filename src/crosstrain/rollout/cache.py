@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,7 +92,8 @@ def merge(parts: Sequence[tuple[PreallocatedCache, Tensor]], most: int, room: in
     """One cache of the chosen rows of each part, with room for `most` rows in all and further columns. The parts are emptied.
 
     parts: caches with the rows to take, in order; a row may be taken several times (a prompt for each of its completions).
-    Columns that no chosen row uses are dropped. A layer's old memory is freed before the next is allocated.
+    Columns that no chosen row uses are dropped. All layers are in one piece of memory, which goes back to the system in one piece;
+    what the rows that are not in use yet will need of it is not touched.
     """
     used = [cache.real[rows, : cache.length] for cache, rows in parts]
     needs = [int(real.shape[1] - real.any(dim=0).int().argmax()) for real in used]
@@ -103,10 +105,17 @@ def merge(parts: Sequence[tuple[PreallocatedCache, Tensor]], most: int, room: in
         real[start : start + len(u), columns - need : columns] = u[:, u.shape[1] - need :]
     merged = PreallocatedCache(real)
     merged.length = columns
-    for layer in range(len(parts[0][0].keys)):
+    first = parts[0][0]
+    shapes = [
+        (most, t.shape[1], columns + room, t.shape[3]) for pair in zip(first.keys, first.values, strict=True) for t in pair
+    ]
+    sizes = [math.prod(shape) for shape in shapes]
+    memory = first.keys[0].new_empty(sum(sizes)).split(sizes)
+    targets = (piece.view(shape) for piece, shape in zip(memory, shapes, strict=True))
+    for layer in range(len(first.keys)):
         for name in ("keys", "values"):
             source: list[Tensor] = [getattr(cache, name)[layer] for cache, _ in parts]
-            target = source[0].new_empty(most, source[0].shape[1], columns + room, source[0].shape[3])
+            target = next(targets)
             for (cache, rows), tensor, need, start in zip(parts, source, needs, starts, strict=True):
                 taken = tensor[:, :, cache.length - need : cache.length].index_select(0, rows)
                 here = target[start : start + len(rows)]

@@ -190,10 +190,19 @@ def _admit(waiting: deque[Ask], held: int, columns: int, limit: int, token_budge
 def _chunks(asks: Sequence[Ask], shares_start: bool) -> list[list[Ask]]:
     """Prompts in chunks for one forward pass each, of which at most a tenth is padding where it matters.
 
-    Where starts are shared, prompts that start alike are neighbours, and a chunk ends where one more would cost more in it, with a
-    shorter start for all, than by itself; else the longest come first.
+    The longest come first, so that neighbours are padded little. Where starts are shared, prompts that start alike may be
+    neighbours instead, whichever runs fewer tokens; a chunk ends where one more would cost more in it, with a shorter start for
+    all, than by itself.
     """
-    order = sorted(asks, key=lambda a: a.tokens) if shares_start else sorted(asks, key=lambda a: -len(a.tokens))
+    by_length = _cut(sorted(asks, key=lambda a: -len(a.tokens)), shares_start)
+    if not shares_start:
+        return by_length
+    by_start = _cut(sorted(asks, key=lambda a: a.tokens), shares_start)
+    return min(by_length, by_start, key=lambda chunks: sum(_forward_tokens(chunk, shares_start) for chunk in chunks))
+
+
+def _cut(order: Sequence[Ask], shares_start: bool) -> list[list[Ask]]:
+    """Prompts in this order, in chunks."""
     chunks: list[list[Ask]] = []
     for ask in order:
         chunk = [*chunks[-1], ask] if chunks else []
@@ -220,10 +229,11 @@ def _forward_tokens(asks: Sequence[Ask], shares_start: bool) -> int:
 
 
 def _shared(asks: Sequence[Ask]) -> int:
-    """How many tokens prompts in sorted order start with alike (a system prompt, examples); one of each is left over to predict
-    from."""
-    shortest = min(len(a.tokens) for a in asks)
-    return min(common_start(asks[0].tokens, asks[-1].tokens), shortest - 1) if len(asks) > 1 else 0
+    """How many tokens prompts start with alike (a system prompt, examples), leaving one of each over to predict from."""
+    if len(asks) == 1:
+        return 0
+    first, last = (some(asks, key=lambda a: a.tokens).tokens for some in (min, max))
+    return min(common_start(first, last), min(len(a.tokens) for a in asks) - 1)
 
 
 def _prefill(policy: Policy, asks: Sequence[Ask], rows: Rows) -> _Part:

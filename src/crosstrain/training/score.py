@@ -207,7 +207,8 @@ class _Tree:
 def _packed(batch: Batch, rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """The rows of each line, groups whole and in the order of their tokens, so that those which start alike are neighbours.
 
-    A line is no longer than a limit unless one group is. Of several limits the one that gives the smallest rectangle is taken.
+    A line is no longer than a limit unless one group is, in which case others may be as long. Of several limits the one that gives
+    the smallest rectangle is taken.
     """
     members: dict[int, list[int]] = {}
     for r, g in enumerate(batch.group.tolist()):
@@ -218,7 +219,7 @@ def _packed(batch: Batch, rows: Sequence[Sequence[int]]) -> list[list[int]]:
     joined = [0, *(common_start(rows[a[-1]], rows[b[0]]) for a, b in pairwise(groups))]
     best: list[list[int]] = []
     smallest = math.inf
-    for limit in (0, *(PACK_TOKENS * part // 8 for part in range(1, 9))):
+    for limit in (0, *(PACK_TOKENS * part // 8 for part in range(1, 9)), max(alone, default=0)):
         lines: list[list[int]] = []
         widths: list[int] = []
         for held, own, saved in zip(groups, alone, joined, strict=True):
