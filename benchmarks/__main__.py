@@ -1,7 +1,7 @@
 """crosstrain against TRL and transformers on the same rows, side by side in one run on one machine.
 
-Two processes, ours and the peer's in an environment of its own, do a step each in turn. Of the peer's settings the fastest is
-taken, found by trying. Prints a table and writes benchmarks/results.json.
+Two processes, ours and the peer's in an environment of its own, do a step each in turn. Of the peer's settings the fastest
+in the first precision is taken, found by trying. Prints a table and writes benchmarks/results.json.
 """
 
 from __future__ import annotations
@@ -107,11 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "versions": {**versions(), **_peer_versions(options.peer_python)},
         "model": options.model,
     }
-    out = options.out or (FOLDER / "results.json" if options.only else RESULTS)  # a part is not the results
+    part = FOLDER / "results.json"
+    out = options.out or (part if options.only else RESULTS)  # a part is not the results
 
-    def write() -> None:  # after every row: what an hour has measured should not be lost
+    def write(path: Path = part) -> None:  # after every row: what an hour has measured should not be lost
         found_so_far = {"rows": [asdict(r) for r in found], "checks": [asdict(c) for c in checks], "failed": failed}
-        out.write_text(json.dumps({**record, **found_so_far}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps({**record, **found_so_far}, indent=1) + "\n", encoding="utf-8")
 
     for work in WORKS:
         if options.only and work.key not in options.only:
@@ -131,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         wanted = ["loss", "rewards/margins"]
         checks += curves(bench.ours("dpo", "fp32"), bench.peer("dpo", "fp32", {}), logs, 10, "DPO", wanted)
         checks.append(greedy(bench.ours("generate:32:greedy", "fp32"), bench.peer("generate:32:greedy", "fp32", {}), logs))
-    write()
+    write(out)
     show(found, checks, record)
     print(f"written to {out}")
     if failed:

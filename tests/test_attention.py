@@ -44,16 +44,42 @@ def test_values_and_gradients_are_those_of_the_fused_kernel(
         mask = torch.rand(rows, 1, length, columns, generator=torch.Generator().manual_seed(seed)) < 0.5
         mask[..., 0] = True  # what sees nothing is tested by itself
     expected, _ = sdpa_attention_forward(module, q, k, v, mask)
+    g = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "QUERIES", block)
         patch.setattr(attention, "BLOCK_BYTES", memory)
         found, _ = short_attention(module, q, k, v, mask)
+        gradients = torch.autograd.grad(found, (q, k, v), g)
+        with torch.no_grad():
+            without, _ = short_attention(module, q, k, v, mask)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    with torch.no_grad():
-        torch.testing.assert_close(short_attention(module, q, k, v, mask)[0], expected, rtol=0, atol=1e-12)
-    g = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed + 1))
-    for one, other in zip(torch.autograd.grad(found, (q, k, v), g), torch.autograd.grad(expected, (q, k, v), g), strict=True):
+    torch.testing.assert_close(without, expected, rtol=0, atol=1e-12)
+    for one, other in zip(gradients, torch.autograd.grad(expected, (q, k, v), g), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_in_bf16_the_gradient_of_a_sharp_weight_is_not_lost() -> None:
+    """Weights of 0.999 and 0.001: in bf16 the first is 1, and a softmax's backward with it would be 0."""
+    gap = 6.9078  # log(0.999 / 0.001)
+    exact = [
+        torch.tensor(x, dtype=torch.float64).requires_grad_() for x in ([[[[1.0]]]], [[[[gap], [0.0]]]], [[[[1.0], [0.0]]]])
+    ]
+    rounded = [t.detach().bfloat16().requires_grad_() for t in exact]
+    mask = torch.ones(1, 1, 1, 2, dtype=torch.bool)
+    of_query = []
+    for q, k, v in (exact, rounded):
+        found = attention.attend(q, k, v, attention.blocks(mask, q.dtype), 1.0)
+        of_query.append(float(torch.autograd.grad(found.sum(), q)[0]))
+    assert of_query[1] == pytest.approx(of_query[0], rel=0.05)
+
+
+def test_values_may_have_another_size_and_masks_may_be_the_same_for_all_queries() -> None:
+    q, k, v = tensors(2, 4, 2, 3, 3, 0)
+    v = torch.cat([v, v[..., :3]], dim=3)
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=2)
+    mask = torch.tensor([True, True, False]).expand(2, 1, 1, 3)
+    expected, _ = sdpa_attention_forward(module, q, k, v, mask)
+    torch.testing.assert_close(short_attention(module, q, k, v, mask)[0], expected, rtol=0, atol=1e-12)
 
 
 def test_a_row_that_sees_nothing_is_finite() -> None:

@@ -77,12 +77,13 @@ def short_attention(
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     if length == 1 and not torch.is_grad_enabled():
         return attend_one(query, key, value, added(attention_mask, query.dtype), scale), None
-    mask = attention_mask
-    if mask is None:
+    if attention_mask is not None:
+        seen = blocks(attention_mask.expand(-1, -1, length, columns), query.dtype)
+    else:
         mask = torch.ones(1, 1, length, columns, dtype=torch.bool, device=query.device)
-        if length > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-            mask = mask.tril()
-    return attend(query, key, value, blocks(mask, query.dtype), scale), None
+        causal = length > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        seen = blocks(mask.tril() if causal else mask, query.dtype)
+    return attend(query, key, value, seen, scale), None
 
 
 def is_short(dtype: torch.dtype, length: int, columns: int) -> bool:
@@ -133,7 +134,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, seen: Sequence[Block], sca
 def attend_one(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
     """`attend` of one query per line, [N, 1, H, D], all of it in fp32, whose small products are faster than bf16's.
 
-    bias: [N or 1, 1, 1, S] in fp32, or None where all columns are seen.
+    bias: [N or 1, 1, 1, S] in fp32 (fp64 for fp64), or None where all columns are seen.
     """
     lines, heads, _, size = query.shape
     keys, columns, wide = key.shape[1], key.shape[2], _wide(query.dtype)
@@ -148,27 +149,31 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, s
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, seen: Sequence[Block], scaling: float) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.seen, ctx.scaling = seen, scaling
+        ctx.save_for_backward(query, key, value, *(t for block in seen for t in (block.columns, block.bias)))
+        ctx.queries, ctx.scaling = [block.queries for block in seen], scaling
         return _forward(query, key, value, seen, scaling)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value = ctx.saved_tensors
-        memory = _scores_memory(query, ctx.seen)
+        query, key, value, *masks = ctx.saved_tensors
+        seen = [Block(q, *masks[2 * i : 2 * i + 2]) for i, q in enumerate(ctx.queries)]
+        memory = _scores_memory(query, seen)
         of_query = query.new_empty(query.shape)
         # sums over blocks of queries are in at least fp32
         of_key, of_value = (
             torch.zeros(len(t) * t.shape[1], t.shape[2] * t.shape[3], dtype=memory.dtype, device=t.device) for t in (key, value)
         )
-        for part in _parts(query, key, value, ctx.seen):
+        for part in _parts(query, key, value, seen):
             q, k, v = part.query, part.key, part.value
-            weights = _weights(part, ctx.scaling, memory).to(v.dtype)
+            weights = _weights(part, ctx.scaling, memory)
             g = _by_key(grad[part.lines, part.queries], part.keys)
-            of_value.index_add_(0, part.rows, _by_row(torch.bmm(weights.transpose(1, 2), g), part.keys).to(memory.dtype))
-            of_weights = torch.bmm(g, v.transpose(1, 2))
-            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            of_value.index_add_(
+                0, part.rows, _by_row(torch.bmm(weights.to(v.dtype).transpose(1, 2), g), part.keys).to(memory.dtype)
+            )
+            # of sharp weights the softmax's backward is a small difference, which rounded weights would lose
+            of_weights = torch.bmm(g, v.transpose(1, 2)).to(memory.dtype)
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, memory.dtype).to(k.dtype)
             of_query[part.lines, part.queries] = _by_query(torch.bmm(of_scores, k).mul_(ctx.scaling), part)
             of_key.index_add_(
                 0, part.rows, _by_row(torch.bmm(of_scores.transpose(1, 2), q).mul_(ctx.scaling), part.keys).to(memory.dtype)

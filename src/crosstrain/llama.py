@@ -130,7 +130,7 @@ def extend(llama: Llama, tokens: Tensor, positions: Tensor, cache: Any) -> Tenso
     """Run new columns of a `PreallocatedCache`, whose keys and values are added to it: the last column's hidden states, [N, E].
 
     tokens, positions: [N, L]; a new column sees the real ones before it in its row, and itself. On a processor the cache holds
-    bf16 keys and values in fp32: `attention.attend` of one query would cast all of them for every token.
+    bf16 keys and values in fp32: `attention.attend_one` would cast all of them for every token.
     """
     x = llama.decoder.embed_tokens(tokens)
     rows, length, width = x.shape
@@ -224,11 +224,12 @@ class _Seen:
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, seen: _Seen, scaling: float) -> Tensor:
-    """[N, L, H, D]; ours for short rows on a processor, torch's fused kernel elsewhere."""
+    """[N, L, H, D]; on a processor ours where a query sees few columns, torch's fused kernel elsewhere."""
     if seen.blocks is not None:
         return attention.attend(query, key, value, seen.blocks, scaling)
     if query.shape[2] == 1 and query.device.type == "cpu":
         return attention.attend_one(query, key, value, seen.bias, scaling)
+    key, value = key.to(query.dtype), value.to(query.dtype)  # a cache may hold them in fp32
     return sdpa_attention_forward(module, query, key, value, seen.mask, scaling=scaling, is_causal=None)[0]  # type: ignore[no-any-return]
 
 

@@ -13,15 +13,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from crosstrain import assemble
+from crosstrain import assemble, run_record
 from crosstrain.card import model_card
 from crosstrain.config import Recipe, Stage, config_hash, load_recipe, parse
-from crosstrain.data import template_hash
 from crosstrain.errors import UserError, nearest
 from crosstrain.evaluate import BaseAnswers, measure_dev
-from crosstrain.llama import why_not
 from crosstrain.memory import give_back
-from crosstrain.models import describe_model, save_model
+from crosstrain.models import save_model
 from crosstrain.planning import RunPlan, plan
 from crosstrain.prediction import plan_stages, predict
 from crosstrain.prepare import base_engine, known_base, known_log_probs, prepare
@@ -33,15 +31,12 @@ from crosstrain.training.checkpoint import Checkpoint, write_folder, write_json
 from crosstrain.training.cost import Cost
 from crosstrain.training.display import Display
 from crosstrain.training.loop import Engine, NonFinite, Progress, stage_progress, train_stage
-from crosstrain.training.probe import matmul_speed
 from crosstrain.training.record import (
     append_lines,
     completion_lines,
     cut_lines,
-    hardware,
     peak_memory_gb,
     reset_peak_memory,
-    versions,
 )
 from crosstrain.training.reference import Known
 from crosstrain.training.switch import Plateau
@@ -328,37 +323,9 @@ class _Run:
         for name in ("metrics.jsonl", "completions.jsonl"):
             cut_lines(self.folder / name, step)
 
-    def _check_unchanged(self, setup: Mapping[str, Any]) -> None:
-        """UserError when a checkpoint waits and what it was trained on is not what is there now."""
-        if checkpoint.latest(self.folder / "checkpoints") is None:
-            return
-        for key in ("data", "template_hash", "precision"):
-            before = self.record.get(key, setup[key])
-            if before != setup[key]:
-                raise UserError(
-                    f"{self.folder}: {key} has changed since this run began (then {before}, now {setup[key]}), so it cannot go on "
-                    "as it was; put it back, or start anew in another --out"
-                )
-
     def _note_start(self, engine: Engine) -> None:
-        setup = {
-            "status": "running",
-            "recipe_hash": config_hash(self.recipe),
-            "model": describe_model(self.recipe.model.name),
-            "parameters": engine.parameters,
-            "precision": self.precision,
-            "layout": engine.layout,
-            "attention": self.model.config._attn_implementation,
-            "forward": self._forward(),
-            "sampler": getattr(engine.sampler, "path", None),
-            "methods": [assemble.describe_method(m) for m in self.methods],
-            "data": {n: {"hash": h, "rows": self.loaded.rows[n]} for n, h in self.loaded.hashes.items()},
-            "template_hash": template_hash(self.tokenizer),
-            "versions": versions(),
-            "hardware": hardware(self.device),
-            "stages": [],
-        }
-        self._check_unchanged(setup)
+        setup = run_record.setup(self.recipe, self.ready, engine)
+        run_record.check_unchanged(self.folder, self.record, setup)
         self.record |= setup
         self.record.setdefault("started_at", now())
         self.record.setdefault("warnings", [])
@@ -373,13 +340,6 @@ class _Run:
         if not any((once or text) in given for given in self.record["warnings"]):
             self.record["warnings"].append(text)
             self.display.say(f"warning: {text}")
-
-    def _forward(self) -> str:
-        """How training runs the model: written out, or why by its own code."""
-        self.model.train()
-        reason = why_not(self.model)
-        self.model.eval()
-        return reason or "written out"
 
     def _predict(self, engine: Engine) -> None:
         """Note what the run will take, once, with the weights that it starts with; none where that cannot be measured.
@@ -396,22 +356,6 @@ class _Run:
             self._warn(f"what the run will take could not be measured: {error}")
         write_json(self.folder / "record.json", self.record)
 
-    def _measured(self) -> dict[str, Any]:
-        """What training took, in the record beside what was predicted."""
-        tally, dtype = self.progress.tally, assemble.computing_dtype(self.recipe, self.device)
-        # of adapters, most gradients of weights are not computed, and a count of all would show too much
-        speed = None if self.recipe.model.lora is not None else tally.backward_speed()
-        return {
-            "measured": {
-                "seconds": self.progress.cost.seconds,
-                "peak_memory_gb": tally.peak_memory_gb,
-                "flops": self.progress.cost.flops,
-                "steps": self.progress.step,
-            },
-            "utilisation": None if speed is None else speed / matmul_speed(self.model, dtype, self.device),
-            "sampling": tally.sampling(str(dtype).removeprefix("torch.")),
-        }
-
     def _forget_peak(self) -> None:
         """The peak of memory starts anew, and the run's own does not forget it."""
         self.peak_memory_gb = max(self.peak_memory_gb, peak_memory_gb(self.device))
@@ -427,7 +371,7 @@ class _Run:
             "skipped_steps": self.progress.skipped,
             "best": self.best,
             "peak_memory_gb": self.peak_memory_gb,
-            **self._measured(),
+            **run_record.measured(self.recipe, self.ready, self.progress),
         }
         write_json(self.folder / "record.json", self.record)
         for name in ("checkpoints", "best", "reference"):

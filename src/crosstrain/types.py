@@ -280,10 +280,14 @@ class Scores:
     logp: [B, T], log-prob in nats of token t given those before it; 0 where not computed (never read there: `reduce` masks
         both what goes into a term and what comes out).
     channels: further ones on request, [B, T]: `entropy`, `value`, or a full-vocabulary functional such as a divergence.
+    computed_tokens, computed_predictions: positions that went through the model's layers for them, padding included and what rows
+        start with alike counted once, and through its head.
     """
 
     logp: Tensor
     channels: Mapping[str, Tensor] = field(default_factory=dict)
+    computed_tokens: int = 0
+    computed_predictions: int = 0
 
 
 On = Callable[[Batch], Tensor]

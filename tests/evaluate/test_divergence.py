@@ -16,8 +16,8 @@ from crosstrain.evaluate.divergence import (
     base_of,
     check_base_model,
     check_same_prompts,
+    compared,
     entropy,
-    forward_kl,
     rescored,
     reverse_kl,
 )
@@ -55,7 +55,7 @@ def test_one_token_replies_give_the_exact_divergences_within_sampling_error(temp
     n = 3000
     base = rescored(BASE, sampled(BASE, n, 1, temperature), layout="shared")
     own = sampled(MOVED, n, 1, temperature)
-    found = {"forward": forward_kl(MOVED, base, layout="shared"), "reverse": reverse_kl(BASE, own, layout="shared")}
+    found = {"forward": compared(MOVED, own, base, layout="shared")[1], "reverse": reverse_kl(BASE, own, layout="shared")}
     for i, prompt in enumerate(PROMPTS):
         b, m = next_token(BASE, prompt, temperature), next_token(MOVED, prompt, temperature)
         for name, p, q in (("forward", b, m), ("reverse", m, b)):
@@ -69,7 +69,9 @@ def test_one_token_replies_give_the_exact_divergences_within_sampling_error(temp
 
 def test_of_long_replies_the_divergence_is_the_mean_of_whole_sequence_gaps() -> None:
     base = sampled(BASE, 5, 6)
-    forward = forward_kl(MOVED, base, layout="shared")
+    own, forward = compared(MOVED, sampled(MOVED, 3, 6), base, layout="shared")
+    for mine, sampler in zip(own.logps, sampled(MOVED, 3, 6).logps, strict=True):
+        assert [x for row in mine for x in row] == pytest.approx([x for row in sampler for x in row], abs=1e-4)
     for i, prompt in enumerate(PROMPTS):
         gaps = []
         for tokens in base.completions[i]:
@@ -83,7 +85,7 @@ def test_of_long_replies_the_divergence_is_the_mean_of_whole_sequence_gaps() -> 
 
 def test_a_model_does_not_diverge_from_itself() -> None:
     base = rescored(BASE, sampled(BASE, 4, 6), layout="shared")
-    assert forward_kl(BASE, base, layout="shared") == [0.0, 0.0]
+    assert compared(BASE, base, base, layout="shared") == (base, [0.0, 0.0])
     assert reverse_kl(BASE, base, layout="shared") == [0.0, 0.0]
 
 

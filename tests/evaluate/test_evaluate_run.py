@@ -98,7 +98,7 @@ def test_the_file_has_its_schema_and_is_json(found: Evaluated) -> None:
     assert e["divergence"]["prompts"] == [f"test:{i}" for i in range(6)]
     assert {len(e["divergence"][key]) for key in ("forward_kl", "reverse_kl", "entropy")} == {6}
     assert [q["id"] for q in e["forgetting"]["questions"]] == [q.id for q in some_questions(6)]
-    assert set(e["seconds"]) == {"sampling", "forgetting", "prose", "own_logps", "forward_kl", "reverse_kl"}
+    assert set(e["seconds"]) == {"sampling", "forgetting", "prose", "forward_kl", "reverse_kl"}
     assert set(e["metrics"]) == {
         *("accuracy", "pass@1", "pass@2", "pass@4", "response_length", "unparsed_frac", "distinct_frac"),
         *("ood_accuracy", "forgetting/nll", "forgetting/accuracy", "prose/nll"),

@@ -12,6 +12,8 @@ import pytest
 import torch
 from scipy import stats
 
+from crosstrain import attention
+from crosstrain.attention import use_short_attention
 from crosstrain.errors import UserError
 from crosstrain.rollout import decode
 from crosstrain.rollout.cache import PreallocatedCache
@@ -423,6 +425,24 @@ def test_half_precision_models_keep_the_cache_and_log_probs_in_fp32(dtype: torch
             logp = torch.log_softmax(head_logits(model, hidden), dim=0)
         for c in group:  # the body's rounding moves with the batch, the head adds none
             assert abs(float(logp[c.tokens[0]]) - c.logp[0]) < 0.1
+
+
+@pytest.mark.parametrize("longest", [4, 640])
+def test_bf16_prompts_that_start_alike_may_be_longer_than_short_attention(
+    monkeypatch: pytest.MonkeyPatch, longest: int
+) -> None:
+    monkeypatch.setattr(attention, "LONGEST", {torch.bfloat16: longest})
+    model = family("llama", torch.bfloat16)
+    use_short_attention(model)
+    start = tuple(range(5, 15))
+    prompts = [Prompt((*start, *range(20 + i, 24 + 2 * i)), 2, f"{i}") for i in range(3)]
+    sampler = TorchSampler(model, stop_token_ids=STOPS)
+    found = sampler.sample(prompts, Sampling(max_completion_length=6), seed=0, step=0)
+    assert sampler.path == "cached"
+    for prompt, group in zip(prompts, found, strict=True):
+        for c in group:
+            expected = plain_log_probs(model, prompt, c.tokens)
+            assert float((torch.tensor(c.logp, dtype=torch.float64) - expected).abs().max()) < 0.1
 
 
 def mamba() -> Any:

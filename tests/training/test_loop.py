@@ -17,6 +17,7 @@ from crosstrain.methods import load_method
 from crosstrain.objective.terms import by, nll
 from crosstrain.rollout.sampler import Sampling
 from crosstrain.testing import ScriptedSampler, made_up_examples, made_up_rewards, tiny_model
+from crosstrain.training.batching import to_batch
 from crosstrain.training.collect import Truncation
 from crosstrain.training.cost import Cost
 from crosstrain.training.loop import (
@@ -31,6 +32,8 @@ from crosstrain.training.loop import (
     train_stage,
 )
 from crosstrain.training.optimizer import Optimizer
+from crosstrain.training.probe import product_weights
+from crosstrain.training.score import lay_out
 from crosstrain.types import Batch, Example, Group, Method, Per, Source, Updates
 
 
@@ -383,7 +386,10 @@ def test_the_parts_of_a_steps_time_are_logged_and_fit_into_it() -> None:
 def test_the_tally_counts_forward_and_backward_of_every_update() -> None:
     once, twice = (Run(load_method("grpo", num_generations=2, beta=0.0, num_iterations=n), max_steps=1) for n in (1, 2))
     (step,), _ = once.steps(), twice.steps()
-    assert once.progress.tally.backward_flops == 6 * 10 * tokens_of(step.groups)
+    lines = lay_out(to_batch(step.groups), "shared")
+    body, head = product_weights(once.model)
+    assert once.progress.tally.backward_flops == 6 * (body * lines.tokens.numel() + head * len(lines.target))
+    assert len(lines.target) < lines.tokens.numel(), "the head sees predictions only"
     assert twice.progress.tally.backward_flops == 2 * once.progress.tally.backward_flops
 
 

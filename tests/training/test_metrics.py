@@ -121,6 +121,7 @@ def test_inner_updates_are_averaged_entry_by_entry() -> None:
 
 
 def test_of_inner_updates_times_add_up_and_the_largest_difference_stays() -> None:
+    assert merge([{"computed/tokens": 8.0}, {"computed/tokens": 4.0}]) == {"computed/tokens": 12.0}
     lines = [{"time/backward": 1.0, DIFFERENCE + "max": 0.5, DIFFERENCE + "mean": 0.25}, {"time/backward": 2.0}]
     assert merge(lines) == {"time/backward": 3.0, DIFFERENCE + "max": 0.5, DIFFERENCE + "mean": 0.25}
     lines[1] |= {DIFFERENCE + "max": 0.75, DIFFERENCE + "mean": 0.75}

@@ -37,6 +37,7 @@ def test_values_and_gradients_are_those_of_log_softmax(m: int, seed: int, temper
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", 4)
         patch.setattr(module, "BLOCK", 3)
+        patch.setattr(module, "CAST_ROWS", 5)
         patch.setattr(module, "KEPT_BYTES", 2**20 if kept else -1)
         found = token_logp(hidden, weight, targets, temperature)
         got = torch.autograd.grad(found.logp, (hidden, weight), g)
@@ -56,7 +57,10 @@ def test_a_confident_token_keeps_its_gradient_in_bf16() -> None:
     assert of_weight[1, 0].item() == pytest.approx(-8 * rest, rel=0.01)
 
 
-def test_bf16_gives_fp32_log_probs_and_gradients_near_those_of_fp32() -> None:
+@pytest.mark.parametrize("kept", [True, False])
+def test_bf16_gives_fp32_log_probs_and_gradients_near_those_of_fp32(monkeypatch: pytest.MonkeyPatch, kept: bool) -> None:
+    monkeypatch.setattr(module, "CAST_ROWS", 5)  # the weight is cast in eight parts
+    monkeypatch.setattr(module, "KEPT_BYTES", 2**20 if kept else -1)
     hidden, weight, targets, g = inputs(64, torch.bfloat16)
     exact_hidden, exact_weight = (x.detach().float().requires_grad_() for x in (hidden, weight))
     expected = by_autograd(exact_hidden, exact_weight, targets, 1.0)

@@ -54,15 +54,21 @@ class BaseAnswers:
 
 
 def rescored(model: Any, own: BaseAnswers, *, layout: Layout) -> BaseAnswers:
-    """The same replies with log-probs computed from the whole sequences, as `forward_kl` computes another model's."""
+    """The same replies with log-probs computed from the whole sequences, as `compared` computes another model's."""
     logps = completion_logps(model, own.prompts, own.completions, temperature=own.temperature, layout=layout)
     return replace(own, logps=_tuples(logps))
 
 
-def forward_kl(model: Any, base: BaseAnswers, *, layout: Layout) -> list[float]:
-    """KL(base || model) per prompt: mean over the base's replies of sum_t log base - log model."""
-    logps = completion_logps(model, base.prompts, base.completions, temperature=base.temperature, layout=layout)
-    return _mean_gaps(base.logps, logps)
+def compared(model: Any, own: BaseAnswers, base: BaseAnswers, *, layout: Layout) -> tuple[BaseAnswers, list[float]]:
+    """`own` rescored, and KL(base || model) per prompt: mean over the base's replies of sum_t log base - log model.
+
+    In one pass: both answer the same prompts, which are computed once.
+    """
+    both = tuple(mine + theirs for mine, theirs in zip(own.completions, base.completions, strict=True))
+    logps = completion_logps(model, own.prompts, both, temperature=own.temperature, layout=layout)
+    sizes = [len(mine) for mine in own.completions]
+    rescored = replace(own, logps=_tuples([found[:n] for found, n in zip(logps, sizes, strict=True)]))
+    return rescored, _mean_gaps(base.logps, [found[n:] for found, n in zip(logps, sizes, strict=True)])
 
 
 def reverse_kl(base_model: Any, own: BaseAnswers, *, layout: Layout) -> list[float]:

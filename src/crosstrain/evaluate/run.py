@@ -151,14 +151,14 @@ def _divergence(
     """
     if base is not None:
         divergence.check_same_prompts(base, own)
-    with clock.part("own_logps"):
-        own = divergence.rescored(model, own, layout=layout)
     found: dict[str, Any] = {"prompts": list(own.ids)}
     if base is None:
+        with clock.part("forward_kl"):
+            own = divergence.rescored(model, own, layout=layout)
         found["forward_kl"] = found["reverse_kl"] = [0.0] * len(own.ids)
     else:
         with clock.part("forward_kl"):
-            found["forward_kl"] = divergence.forward_kl(model, base, layout=layout)
+            own, found["forward_kl"] = divergence.compared(model, own, base, layout=layout)
         with clock.part("reverse_kl"), divergence.base_of(model, base_model) as reference:
             found["reverse_kl"] = divergence.reverse_kl(reference, own, layout=layout)
     found["entropy"] = divergence.entropy(own)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -92,8 +92,9 @@ def merge(parts: Sequence[tuple[PreallocatedCache, Tensor]], most: int, room: in
     """One cache of the chosen rows of each part, with room for `most` rows in all and further columns. The parts are emptied.
 
     parts: caches with the rows to take, in order; a row may be taken several times (a prompt for each of its completions).
-    Columns that no chosen row uses are dropped. All layers are in one piece of memory, which goes back to the system in one piece;
-    what the rows that are not in use yet will need of it is not touched.
+    Columns that no chosen row uses are dropped. On a processor all layers are in one piece of memory, which goes back to the system
+    in one piece, and of which only what is in use is ever touched; elsewhere a layer's old memory is freed before the next is
+    allocated.
     """
     used = [cache.real[rows, : cache.length] for cache, rows in parts]
     needs = [int(real.shape[1] - real.any(dim=0).int().argmax()) for real in used]
@@ -106,12 +107,12 @@ def merge(parts: Sequence[tuple[PreallocatedCache, Tensor]], most: int, room: in
     merged = PreallocatedCache(real)
     merged.length = columns
     first = parts[0][0]
-    shapes = [
-        (most, t.shape[1], columns + room, t.shape[3]) for pair in zip(first.keys, first.values, strict=True) for t in pair
+    wanted = [
+        ((most, t.shape[1], columns + room, t.shape[3]), t.dtype, t.device)
+        for pair in zip(first.keys, first.values, strict=True)
+        for t in pair
     ]
-    sizes = [math.prod(shape) for shape in shapes]
-    memory = first.keys[0].new_empty(sum(sizes)).split(sizes)
-    targets = (piece.view(shape) for piece, shape in zip(memory, shapes, strict=True))
+    targets = _allocate(wanted)
     for layer in range(len(first.keys)):
         for name in ("keys", "values"):
             source: list[Tensor] = [getattr(cache, name)[layer] for cache, _ in parts]
@@ -124,3 +125,14 @@ def merge(parts: Sequence[tuple[PreallocatedCache, Tensor]], most: int, room: in
                 getattr(cache, name)[layer] = tensor.new_empty(0)
             getattr(merged, name).append(target)
     return merged
+
+
+def _allocate(wanted: Sequence[tuple[tuple[int, ...], torch.dtype, torch.device]]) -> Iterator[Tensor]:
+    """Tensors of these shapes, dtypes and devices, one when it is asked for; on a processor in one piece of memory."""
+    kinds = {(dtype, device.type) for _, dtype, device in wanted}
+    if len(kinds) == 1 and kinds.pop()[1] == "cpu":
+        sizes = [math.prod(shape) for shape, _, _ in wanted]
+        pieces = torch.empty(sum(sizes), dtype=wanted[0][1]).split(sizes)
+        yield from (piece.view(shape) for piece, (shape, _, _) in zip(pieces, wanted, strict=True))
+    else:
+        yield from (torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in wanted)

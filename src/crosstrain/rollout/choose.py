@@ -37,7 +37,7 @@ def choose(
     token = best[place]
     if temperature > 0 and not bool(greedy.all()):
         token = torch.where(greedy, token, _draw(weight, place, uniform, top_p, top_k))
-    # a drawn token's weight is positive; log and exp cancel to fp32's last digits
+    # a drawn token's weight is positive; log and exp cancel to fp32's last digits, but for weights below 1e-38
     return token, weight[place, token].log() - weight.sum(dim=1).log()[place]
 
 

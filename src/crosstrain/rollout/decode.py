@@ -232,7 +232,7 @@ def _shared(asks: Sequence[Ask]) -> int:
     """How many tokens prompts start with alike (a system prompt, examples), leaving one of each over to predict from."""
     if len(asks) == 1:
         return 0
-    first, last = (some(asks, key=lambda a: a.tokens).tokens for some in (min, max))
+    first, last = (extreme(asks, key=lambda a: a.tokens).tokens for extreme in (min, max))
     return min(common_start(first, last), min(len(a.tokens) for a in asks) - 1)
 
 

@@ -24,8 +24,9 @@ from crosstrain.rollout.sampler import Sampler, Sampling
 from crosstrain.training.batching import cut, distinct_tokens, to_batch, with_advantage
 from crosstrain.training.collect import Collected, ScoreGroups, Stream, Truncation, collect
 from crosstrain.training.cost import Cost
-from crosstrain.training.metrics import TIME, Meter, merge, rollout_metrics, without_logp_difference
+from crosstrain.training.metrics import COMPUTED, TIME, Meter, merge, rollout_metrics, without_logp_difference
 from crosstrain.training.optimizer import Optimizer
+from crosstrain.training.probe import product_weights
 from crosstrain.training.reference import Known, reference_column
 from crosstrain.training.score import CHANNELS, Layout, score
 from crosstrain.training.tally import Tally
@@ -126,6 +127,7 @@ def train_stage(
     """
     _check_ends(method, settings)
     _check_probes(method)
+    body, head = product_weights(engine.model)
     while stage_progress(settings, progress) < 1.0:
         started = time.perf_counter()
         torch.manual_seed(_step_seed(engine.seed, progress.step))  # dropout depends on (seed, step), not on history
@@ -163,7 +165,8 @@ def train_stage(
         progress.state = method.update(progress.state, metrics)
         progress.positions = dict(collected.positions)
         progress.cost = (cost + updates).used_demonstrations(demonstrations).took(metrics["step_time"])
-        progress.tally = progress.tally.step(metrics, updates.flops)
+        products = body * metrics.get(COMPUTED + "tokens", 0.0) + head * metrics.get(COMPUTED + "predictions", 0.0)
+        progress.tally = progress.tally.step(metrics, 6.0 * products)
         progress.step += 1
         progress.stage_step += 1
         yield Step({**metrics, "skipped_steps": float(progress.skipped), **progress.cost.as_metrics()}, collected.groups)
@@ -301,7 +304,8 @@ def update(
     times = {TIME + "backward": accumulated - started, TIME + "optimizer": clock(engine.device) - accumulated}
     clipped = float(settings.max_grad_norm > 0 and grad_norm > settings.max_grad_norm)
     found = {**meter.metrics(), **probed, "grad_norm": grad_norm, "grad_clipped": clipped, "learning_rate": learning_rate}
-    return {**found, **times}
+    computed = {name: value + probed.get(name, 0.0) for name, value in meter.computed().items()}
+    return {**found, **computed, **times}
 
 
 def denominators(method: Method, batch: Batch, collected: Collected) -> dict[str, float]:
@@ -330,12 +334,15 @@ def micro_batches(engine: Engine, method: Method, batch: Batch, tokens: int) -> 
 def measure_probes(
     engine: Engine, method: Method, batch: Batch, counts: Mapping[str, float], optimizer: Optimizer
 ) -> dict[str, float]:
-    """What the method asked to be measured: `grad_norm/<term>`, the norm of that term's gradient alone, at a pass each."""
-    found = {}
+    """What the method asked to be measured: `grad_norm/<term>`, the norm of that term's gradient alone, at a pass each; and what
+    the passes computed."""
+    found: dict[str, float] = {}
     for name in method.probes:
         term = next(t for t in method.terms if name == PROBE + t.name)
-        accumulate(engine, replace(method, terms=(term,)), batch, counts, optimizer)
+        meter = accumulate(engine, replace(method, terms=(term,)), batch, counts, optimizer)
         found[name] = optimizer.clip(0.0)
+        for what, computed in meter.computed().items():
+            found[what] = found.get(what, 0.0) + computed
     return found
 
 
@@ -379,6 +386,7 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
             # a gate belongs to a ratio: what other terms add to the same token says nothing about it
             policy_weights += found[0] if "old_logp" in term.needs else 0.0
     torch.autograd.backward(inputs, gradients)
+    meter.add_computed(scores)
     meter.add_scores(batch, logp, scores.channels["entropy"].detach(), scores.channels["correct"], used)
     if "old_logp" in batch.columns:
         meter.add_clipped(batch, policy_weights, used)

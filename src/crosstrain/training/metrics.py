@@ -9,13 +9,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from crosstrain.types import Batch, Group, Source
+from crosstrain.types import Batch, Group, Scores, Source
 
 LOGP_DIFFERENCE = "sampling/sampling_logp_difference/"
 """What the distance between the sampler's and the trainer's log-probs of own trained tokens is called; `mean` or `max` follows."""
 
 TIME = "time/"
 """What the seconds of a part of a step are called; the part follows."""
+
+COMPUTED = "computed/"
+"""What positions are called that went through forward and backward: `tokens` through the layers, `predictions` through the head."""
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -89,6 +92,15 @@ class Meter:
             self._add("kl", float((torch.exp(-d) - 1 + d).sum()))
             self._add("kl_tokens", float(used.sum()))
 
+    def add_computed(self, scores: Scores) -> None:
+        """What the model ran for a micro-batch."""
+        self._add(COMPUTED + "tokens", float(scores.computed_tokens))
+        self._add(COMPUTED + "predictions", float(scores.computed_predictions))
+
+    def computed(self) -> dict[str, float]:
+        """What the model ran so far."""
+        return {name: value for name, value in self.sums.items() if name.startswith(COMPUTED)}
+
     def add_clipped(self, batch: Batch, weights: Tensor, used: Tensor) -> None:
         """Tokens with an advantage whose gradient a gate closed."""
         live = used & (batch.source == int(Source.POLICY)) & (batch.advantage != 0)
@@ -129,6 +141,7 @@ class Meter:
                 result[name] = sums.get(value, 0.0) / sums[count]
         if sums.get("mismatch_tokens"):
             result[LOGP_DIFFERENCE + "max"] = self.mismatch_max
+        result |= self.computed()
         if "rewards/chosen" in result:
             result["rewards/margins"] = result["rewards/chosen"] - result["rewards/rejected"]
         return result
@@ -141,7 +154,8 @@ _PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "lo
 
 
 def merge(lines: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """A collected batch's line from those of its inner updates: times are added up, of a `/max` the largest counts, else the mean.
+    """A collected batch's line from those of its inner updates: times and what was computed are added up, of a `/max` the largest
+    counts, else the mean.
 
     >>> merge([{"loss": 1.0, "time/backward": 2.0}, {"loss": 3.0, "time/backward": 2.0}])
     {'loss': 2.0, 'time/backward': 4.0}
@@ -156,7 +170,7 @@ def without_logp_difference(line: Mapping[str, float]) -> dict[str, float]:
 
 
 def _merged(name: str, values: Sequence[float]) -> float:
-    if name.startswith(TIME):
+    if name.startswith((TIME, COMPUTED)):
         return sum(values)
     return max(values) if name.endswith("/max") else _mean(values)
 

@@ -54,6 +54,11 @@ class Optimizer:
         self._sums.clear()
         self.adamw.state.clear()
 
+    @property
+    def kept_bytes(self) -> int:
+        """What gradients take while there are none."""
+        return sum(kept.numel() * kept.element_size() for kept in self._sums.values())
+
     def zero_grad(self) -> None:
         """Forget all gradients."""
         for p in (*self.trainable.values(), *self.masters.values()):
@@ -135,6 +140,8 @@ def _add_to(master: Tensor, name: str, sums: dict[str, Tensor]) -> Callable[[Ten
         assert parameter.grad is not None
         if master.grad is not None:
             master.grad += parameter.grad
+        elif master.device.type != "cpu":  # torch keeps a card's memory itself, for whoever needs it next
+            master.grad = parameter.grad.float()
         else:
             if name not in sums:
                 sums[name] = torch.empty_like(master)

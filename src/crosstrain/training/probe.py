@@ -52,6 +52,19 @@ def linear_shapes(model: nn.Module) -> Counter[Shape]:
     return found
 
 
+def product_weights(model: nn.Module) -> tuple[int, int]:
+    """Weights that a token is multiplied with in the model's layers, and a prediction in its head.
+
+    >>> from crosstrain.testing import tiny_model
+    >>> model = tiny_model(vocab_size=50)
+    >>> product_weights(model)[1] == 50 * model.config.hidden_size
+    True
+    """
+    total = sum(outputs * inputs * layers for (outputs, inputs), layers in linear_shapes(model).items())
+    head = getattr(getattr(model, "get_output_embeddings", lambda: None)(), "weight", None)
+    return (total, 0) if head is None else (total - head.numel(), head.numel())
+
+
 @functools.cache
 def _speed(shapes: tuple[tuple[Shape, int], ...], dtype: torch.dtype, device: torch.device) -> float:
     seconds = flops = 0.0
@@ -78,11 +91,12 @@ def optimizer_seconds(precision: Precision, device: torch.device) -> float:
     """Seconds per trained parameter of clipping a gradient and of AdamW's step under a precision policy, the best of REPEATS."""
     optimizer = Optimizer(nn.ParameterDict({"weight": torch.full((ELEMENTS,), 0.01, device=device)}), precision)
     gradients = {name: torch.full_like(master, 0.01) for name, master in optimizer.masters.items()}
+    limits = iter(2.0**-i for i in range(100))  # each below the norm that the one before left: every step clips
 
     def step() -> None:
         for name, master in optimizer.masters.items():
             master.grad = gradients[name]
-        optimizer.clip(1.0)
+        optimizer.clip(next(limits))
         optimizer.step(1e-5)
 
     return _best(step, device) / ELEMENTS

@@ -32,7 +32,8 @@ Channel = Callable[[Tensor, Tensor], Tensor]
 """A full-vocabulary functional: (logits [M, V] in at least fp32, targets [M]) -> [M], with gradient."""
 
 PACK_TOKENS = 256
-"""Longest line of several groups: attention grows with the square of a line, and what is shared saves less than that."""
+"""Longest line of several groups, unless one group needs a longer one: of a model that computes what a mask hides, attention grows
+with the square of a line, and what is shared saves less than that."""
 
 
 def entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ def score(
     if value_head is not None:
         flat["value"] = value_head(hidden)
     rectangles = {name: _rectangle(values, lines, batch) for name, values in flat.items()}
-    return Scores(rectangles.pop("logp"), rectangles)
+    return Scores(rectangles.pop("logp"), rectangles, lines.tokens.numel(), len(lines.target))
 
 
 def trajectory_logps(

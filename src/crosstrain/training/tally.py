@@ -12,7 +12,8 @@ from crosstrain.training.metrics import LOGP_DIFFERENCE, TIME
 class Tally:
     """Over all steps so far, logged or not; in every checkpoint, so that a resumed run goes on with it.
 
-    backward_seconds, backward_flops: forward and backward passes of updates, with FLOPs as `Cost` counts them (6 N per token).
+    backward_seconds, backward_flops: forward and backward passes of updates, with the FLOPs of the matrix products they computed: 6
+        per token and weight of a layer, and per prediction and weight of the head.
     compared: steps in which the sampler's log-probs could be compared with the trainer's. logp_diff_sum: sum of those steps' mean
         difference. logp_diff_max: the largest of all tokens.
     peak_memory_gb: the most memory held while training.

@@ -66,9 +66,10 @@ class _TokenLogp(torch.autograd.Function):
         if any(ctx.needs_input_grad[:2]) and size <= KEPT_BYTES:
             kept = torch.empty(len(hidden), weight.shape[0], dtype=hidden.dtype, device=hidden.device)
         memory = _logits_memory(hidden, weight, dtype)
+        given = weight if weight.device.type == "cpu" else weight.to(dtype)
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits = _logits(hidden[rows], weight, temperature, exact, memory)
+            logits = _logits(hidden[rows], given, temperature, exact, memory)
             for first in range(0, len(logits), BLOCK):
                 part = slice(start + first, min(start + first + BLOCK, start + CHUNK))
                 z = logits[first : first + BLOCK]
@@ -94,6 +95,7 @@ class _TokenLogp(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, logp, kept = ctx.saved_tensors
         memory = _logits_memory(hidden, weight, logp.dtype) if kept is None else None
+        given = weight if memory is None or weight.device.type == "cpu" else weight.to(logp.dtype)
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         of_weight = None
         scaled = gradient / ctx.temperature
@@ -103,7 +105,7 @@ class _TokenLogp(torch.autograd.Function):
             if memory is None:
                 p = kept[rows]
             else:
-                logits = _logits(hidden[rows], weight, ctx.temperature, ctx.exact, memory)
+                logits = _logits(hidden[rows], given, ctx.temperature, ctx.exact, memory)
                 p = torch.softmax(logits, dim=1, out=logits).to(hidden.dtype, copy=True)
             of_logits = p.mul_(-scaled[rows, None].to(p.dtype))
             # 1 - p of a likely token, from its log-prob: the difference of rounded numbers would be mostly rounding
@@ -127,7 +129,7 @@ def _logits_memory(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, exact: bool, memory: Tensor) -> Tensor:
     """hidden weight' / temperature in `memory`, whose dtype both are cast to: the weight by parts, which stay in a cache."""
     logits, wide = memory[: len(hidden)], hidden.to(memory.dtype)
-    step = len(weight) if weight.dtype == memory.dtype or weight.device.type != "cpu" else CAST_ROWS
+    step = len(weight) if weight.dtype == memory.dtype else CAST_ROWS
     with bf16_products() if exact else nullcontext():
         for first in range(0, len(weight), step):
             part = weight[first : first + step].to(memory.dtype)

@@ -1,0 +1,78 @@
+"""What a run's record.json says of it: what it is made of, and what its training took."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from crosstrain import assemble
+from crosstrain.config import Recipe, config_hash
+from crosstrain.data import template_hash
+from crosstrain.errors import UserError
+from crosstrain.llama import why_not
+from crosstrain.models import describe_model
+from crosstrain.prepare import Prepared
+from crosstrain.training import checkpoint
+from crosstrain.training.loop import Engine, Progress
+from crosstrain.training.probe import matmul_speed
+from crosstrain.training.record import hardware, versions
+
+
+def setup(recipe: Recipe, ready: Prepared, engine: Engine) -> dict[str, Any]:
+    """What a run is made of, before its first step."""
+    return {
+        "status": "running",
+        "recipe_hash": config_hash(recipe),
+        "model": describe_model(recipe.model.name),
+        "parameters": engine.parameters,
+        "precision": ready.precision,
+        "layout": engine.layout,
+        "attention": ready.model.config._attn_implementation,
+        "forward": _forward(ready.model),
+        "sampler": getattr(engine.sampler, "path", None),
+        "methods": [assemble.describe_method(m) for m in ready.methods],
+        "data": {n: {"hash": h, "rows": ready.loaded.rows[n]} for n, h in ready.loaded.hashes.items()},
+        "template_hash": template_hash(ready.tokenizer),
+        "versions": versions(),
+        "hardware": hardware(ready.device),
+        "stages": [],
+    }
+
+
+def check_unchanged(folder: Path, record: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """UserError when a checkpoint waits and what it was trained on (`record`) is not what is there now (`found`)."""
+    if checkpoint.latest(folder / "checkpoints") is None:
+        return
+    for key in ("data", "template_hash", "precision"):
+        before = record.get(key, found[key])
+        if before != found[key]:
+            raise UserError(
+                f"{folder}: {key} has changed since this run began (then {before}, now {found[key]}), so it cannot go on "
+                "as it was; put it back, or start anew in another --out"
+            )
+
+
+def measured(recipe: Recipe, ready: Prepared, progress: Progress) -> dict[str, Any]:
+    """What training took, to stand beside what was predicted."""
+    tally, dtype = progress.tally, assemble.computing_dtype(recipe, ready.device)
+    # of adapters, most gradients of weights are not computed, and a count of all would show too much
+    speed = None if recipe.model.lora is not None else tally.backward_speed()
+    return {
+        "measured": {
+            "seconds": progress.cost.seconds,
+            "peak_memory_gb": tally.peak_memory_gb,
+            "flops": progress.cost.flops,
+            "steps": progress.step,
+        },
+        "utilisation": None if speed is None else speed / matmul_speed(ready.model, dtype, ready.device),
+        "sampling": tally.sampling(str(dtype).removeprefix("torch.")),
+    }
+
+
+def _forward(model: Any) -> str:
+    """How training runs the model: written out, or why by its own code."""
+    model.train()
+    reason = why_not(model)
+    model.eval()
+    return reason or "written out"
