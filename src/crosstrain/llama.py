@@ -97,8 +97,15 @@ def _look(model: Any) -> tuple[Llama | None, str]:
     return (None if reason else _describe(decoder, fused)), reason
 
 
-def hidden_states(llama: Llama, tokens: Tensor, positions: Tensor, mask: Tensor | None, embeds: Tensor | None = None) -> Tensor:
-    """The decoder's last hidden states, [N, L, E], with gradient.
+def hidden_states(
+    llama: Llama,
+    tokens: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    embeds: Tensor | None = None,
+    at: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The decoder's last hidden states, [N, L, E], with gradient; of P places, [P, E], where `at` has their lines and columns.
 
     tokens: [N, L]. positions: [N or 1, L]. mask: [N or 1, 1, L, L] bool, who sees whom, or None for causal rows without padding.
     embeds: [N, L, E], in place of the tokens' embeddings.
@@ -108,21 +115,24 @@ def hidden_states(llama: Llama, tokens: Tensor, positions: Tensor, mask: Tensor 
     cos, sin = _angles(llama, x, positions)
     seen = _Seen.of(mask, x, length, length)
     x = x.reshape(-1, width)
-    for layer in llama.layers:
+    for i, layer in enumerate(llama.layers, start=1):
         m, a = layer.module, layer.module.self_attn
         parts = (a.q_proj, a.k_proj, a.v_proj)
         biases = tuple(p.bias for p in parts if p.bias is not None)
         norm = _norm_weight(m.input_layernorm, llama)
         qkv = norm_linear(x, norm, llama.eps, [p.weight for p in parts], biases, layer.qkv).view(rows, length, -1)
         query, key, value = _heads(llama, layer, qkv, cos, sin, grad=True)
-        mixed = _attention(a, query, key, value, seen, llama.scaling).reshape(len(x), -1)
-        x = _project(a.o_proj, mixed, x)
+        mixed = _attention(a, query, key, value, seen, llama.scaling).flatten(2)
+        if i == len(llama.layers) and at is not None:  # what comes after the last attention is about single places
+            mixed, x = mixed[at], x.view(rows, length, width)[at]
+        x = _project(a.o_proj, mixed.flatten(0, -2), x)
         norm = _norm_weight(m.post_attention_layernorm, llama)
         mlp = m.mlp
         x = gated_mlp(
             x, norm, llama.eps, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, layer.gate_up, llama.gate
         )
-    return rms_norm(x, _norm_weight(llama.decoder.norm, llama), llama.eps).view(rows, length, width)
+    x = rms_norm(x, _norm_weight(llama.decoder.norm, llama), llama.eps)
+    return x.view(rows, length, width) if at is None else x
 
 
 @torch.no_grad()

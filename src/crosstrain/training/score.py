@@ -98,7 +98,7 @@ def score(
     """
     # what changes embeddings (noise) is about one row at a time, and must not know what shares its line
     lines = lay_out(batch, layout if embed is None else "plain")
-    hidden = _hidden_states(model, lines, batch, embed)[lines.line, lines.place]
+    hidden = _hidden_states(model, lines, batch, embed)
     asked: dict[str, Channel] = {**(WATCHED if watch else {}), **(channels or {})}
     weight = plain_head(model)
     if weight is not None and weight.dtype == hidden.dtype and not channels:
@@ -142,7 +142,25 @@ def trajectory_logps(
 
 
 def lay_out(batch: Batch, layout: Layout) -> Lines:
-    """Where every token of `batch` goes in the model's input; the rows of a group need not be neighbours."""
+    """Where every token of `batch` goes in the model's input; the rows of a group need not be neighbours.
+
+    Two answers to the prompt 5 6 in one line: 8 follows the prompt and does not see the 7 before it.
+
+    >>> S = Source
+    >>> one = Trajectory((5, 6, 7), (S.PROMPT, S.PROMPT, S.EXPERT))
+    >>> other = Trajectory((5, 6, 8, 9), (S.PROMPT, S.PROMPT, S.EXPERT, S.EXPERT))
+    >>> lines = lay_out(to_batch([Group(Example("q", "", (5, 6)), (one, other))]), "shared")
+    >>> lines.tokens.tolist(), lines.positions.tolist()
+    ([[5, 6, 7, 8, 9]], [[0, 1, 2, 2, 3]])
+    >>> lines.mask[0, 0].int()
+    tensor([[1, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0],
+            [1, 1, 1, 0, 0],
+            [1, 1, 0, 1, 0],
+            [1, 1, 0, 1, 1]], dtype=torch.int32)
+    >>> list(zip(lines.place.tolist(), lines.target.tolist()))  # 6 predicts 7 and 8, 8 predicts 9
+    [(1, 7), (1, 8), (3, 9)]
+    """
     rows, trained = _row_tokens(batch), batch.trained.cpu()
     packed = _packed(batch, rows) if layout == "shared" else [[r] for r in range(len(batch))]
     trees = [_Tree() for _ in packed]
@@ -251,14 +269,15 @@ def _tree_mask(ends: Tensor) -> Tensor:
 
 
 def _hidden_states(model: Any, lines: Lines, batch: Batch, embed: Callable[[Tensor, Batch], Tensor] | None) -> Tensor:
-    """The decoder's last hidden states, [N, L, D]."""
+    """The decoder's last hidden states where trained tokens are predicted, [P, D]."""
+    at = (lines.line, lines.place)
     llama = written_out(model)
     if llama is not None:
         embeds = None if embed is None else embed(model.get_input_embeddings()(lines.tokens), batch)
         positions = (
             lines.positions if lines.mask is not None else torch.arange(lines.tokens.shape[1], device=lines.tokens.device)[None]
         )
-        return hidden_states(llama, lines.tokens, positions, lines.mask, embeds)
+        return hidden_states(llama, lines.tokens, positions, lines.mask, embeds, at)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     inputs: dict[str, Any] = {"use_cache": False}
     if embed is None:
@@ -269,7 +288,7 @@ def _hidden_states(model: Any, lines: Lines, batch: Batch, embed: Callable[[Tens
         # padding only ever sees itself and comes last, so plain causal lines need no mask
         inputs["attention_mask"] = _mask_for(model, lines.mask)
         inputs["position_ids"] = lines.positions
-    return decoder(**inputs).last_hidden_state  # type: ignore[no-any-return]
+    return decoder(**inputs).last_hidden_state[at]  # type: ignore[no-any-return]
 
 
 def _mask_for(model: Any, mask: Tensor) -> Tensor:
