@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from crosstrain.architecture import is_plain
-from crosstrain.head import bf16_products
+from crosstrain.head import at_least_fp32, bf16_products
 
 NAME = "crosstrain_short"
 """What transformers knows this attention by (`config._attn_implementation`)."""
@@ -96,7 +96,7 @@ def added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     not become NaN). In fp32, or fp64 for inputs of that dtype."""
     if mask is None:
         return None
-    wide = _wide(dtype)
+    wide = at_least_fp32(dtype)
     return torch.zeros(mask.shape, dtype=wide, device=mask.device).masked_fill_(~mask, torch.finfo(wide).min)
 
 
@@ -137,7 +137,7 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, s
     bias: [N or 1, 1, 1, S] in fp32 (fp64 for fp64), or None where all columns are seen.
     """
     lines, heads, _, size = query.shape
-    keys, columns, wide = key.shape[1], key.shape[2], _wide(query.dtype)
+    keys, columns, wide = key.shape[1], key.shape[2], at_least_fp32(query.dtype)
     q = query.to(wide).mul(scaling).reshape(lines * keys, heads // keys, size)
     scores = torch.bmm(q, key.to(wide).reshape(lines * keys, columns, size).transpose(1, 2))
     if bias is not None:
@@ -250,7 +250,9 @@ def _by_row(columns: Tensor, keys: int) -> Tensor:
 def _scores_memory(query: Tensor, seen: Sequence[Block]) -> Tensor:
     """Room for the scores of any part: to get it anew for each takes longer than to fill it."""
     line = max(query.shape[2] * block.bias.shape[2] * block.columns.shape[1] for block in seen)
-    return torch.empty(max(line, min(BLOCK_BYTES // 4, len(query) * line)), dtype=_wide(query.dtype), device=query.device)
+    return torch.empty(
+        max(line, min(BLOCK_BYTES // 4, len(query) * line)), dtype=at_least_fp32(query.dtype), device=query.device
+    )
 
 
 def _weights(part: _Part, scaling: float, memory: Tensor) -> Tensor:
@@ -264,10 +266,6 @@ def _weights(part: _Part, scaling: float, memory: Tensor) -> Tensor:
     apart = scores.view(-1, part.keys * queries // length, length, columns)
     torch.add(part.bias, apart, alpha=scaling, out=apart)
     return torch.softmax(scores, dim=-1, out=scores)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _asks_for_more(kwargs: dict[str, Any]) -> bool:

@@ -43,6 +43,11 @@ def head_logits(
     return _after_head(model, logits)
 
 
+def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    """What logits, scores and sums of tensors of a dtype are computed in: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 @contextmanager
 def bf16_products() -> Iterator[None]:
     """fp32 matrix products on a processor take its bf16 instructions: right to fp32's last digits where both inputs are bf16

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from crosstrain.head import bf16_products
+from crosstrain.head import at_least_fp32, bf16_products
 
 CHUNK = 512
 """Positions whose logits exist at once: 512 x 49,152 in fp32 are 100 MB."""
@@ -57,7 +57,7 @@ def token_logp(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: flo
 class _TokenLogp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
-        dtype = _wide(hidden)
+        dtype = at_least_fp32(hidden.dtype)
         logp, entropy = (torch.empty(len(hidden), dtype=dtype, device=hidden.device) for _ in range(2))
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         size = len(hidden) * weight.shape[0] * hidden.element_size()
@@ -135,7 +135,3 @@ def _logits(hidden: Tensor, weight: Tensor, temperature: float, exact: bool, mem
             part = weight[first : first + step].to(memory.dtype)
             torch.mm(wide, part.T, out=logits[:, first : first + step])
     return logits if temperature == 1.0 else logits.div_(temperature)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
