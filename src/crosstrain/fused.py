@@ -184,7 +184,7 @@ def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple
         r = n.square().mean(dim=1, keepdim=True).add_(eps).rsqrt_()
         n.mul_(r)
         s = grad[rows].to(wide, copy=True)
-        of_weight += torch.einsum("td,td->d", s, n)
+        of_weight += (s * n).sum(dim=0)
         s.mul_(scale)
         s.addcmul_(n, (s * n).mean(dim=1, keepdim=True), value=-1).mul_(r)
         grad[rows] = s

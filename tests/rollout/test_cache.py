@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -76,3 +77,20 @@ def test_a_fork_is_a_copy_in_memory_that_is_there_already() -> None:
     cache.update(torch.arange(4.0)[:, None, None, None].expand(4, 3, 1, 4), torch.zeros(4, 3, 1, 4), 0)
     assert cache.keys[0][:, 0, 3, 0].tolist() == [0.0, 1.0, 2.0, 3.0], "each goes on by itself"
     assert [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)] == memory
+
+
+@pytest.mark.parametrize("kept", [[1, 4], [0, 1, 2], [3], [0, 2, 4], [0, 1, 2, 3, 4]])
+def test_rows_that_are_kept_stay_or_move_to_where_others_were(kept: list[int]) -> None:
+    cache = merge([(filled([5, 2, 3, 4, 1], 100.0), torch.arange(5))], 6, room=2)
+    memory = [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)]
+    expected = [[row(cache, i, layer).clone() for layer in range(2)] for i in kept]
+    at = cache.keep(torch.tensor(kept))
+    assert cache.rows == len(kept) and sorted(at.tolist()) == list(range(len(kept)))
+    for place, wanted in zip(at.tolist(), expected, strict=True):
+        assert all(torch.equal(row(cache, place, layer), wanted[layer]) for layer in range(2))
+    width = max([5, 2, 3, 4, 1][i] for i in kept)
+    assert cache.length == width and cache.capacity == width + 2, "columns that nobody uses any more are left out"
+    step = 4 * (5 - width)  # fp32 entries of 4 dimensions
+    assert [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)] == [m + 4 * step for m in memory]
+    cache.fork(torch.tensor([0]))
+    assert torch.equal(row(cache, len(kept)), row(cache, 0))

@@ -309,6 +309,24 @@ def test_a_prompt_is_prefilled_once_for_its_group_texts_are_decoded_once_and_fin
     assert all(r <= rows <= r / decode.COMPACT_BELOW for rows, r in zip(steps, running, strict=True))
 
 
+def test_waiting_prompts_come_in_when_few_lines_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight prompts four have room at a time: they are run to their end, or replaced as they finish."""
+    model = tiny_model()
+    prompts = [Prompt((3 + i, 7, 11), 1, f"{i}") for i in range(8)]
+    most: dict[int, int] = {}
+    found = []
+    for enough in (1, 64):
+        monkeypatch.setattr(decode, "ENOUGH_LINES", enough)
+        sampler = TorchSampler(model, stop_token_ids=tuple(range(2, 12)), token_budget=4 * (3 + 20))
+        assert sampler.path == "cached"
+        watched = Watched(model)
+        found.append(sampler.sample(prompts, Sampling(max_completion_length=20), seed=0, step=0))
+        steps = [rows for rows, columns in watched.shapes if columns == 1]
+        most[enough] = sum(1 for s in steps if s == 1)
+    assert [[c.tokens for c in cs] for cs in found[0]] == [[c.tokens for c in cs] for cs in found[1]]
+    assert most[1] > most[64], "batches that run to their end have more steps of a single line"
+
+
 def test_what_all_prompts_start_with_is_computed_once() -> None:
     model = tiny_model()
     sampler = TorchSampler(model, stop_token_ids=STOPS)

@@ -66,10 +66,28 @@ class PreallocatedCache:
         for tensor in (*self.keys, *self.values):
             tensor[new, :, : self.length] = tensor[:, :, : self.length].index_select(0, source)
 
+    def keep(self, source: Tensor) -> Tensor:
+        """Drop all rows but `source`, [n], rising; the last of them move to where others were, in the same memory, and columns
+        that none of them uses are left out. Returns [n], where each of them is then."""
+        n = len(source)
+        moved = source[source >= n]
+        free = torch.ones(n, dtype=torch.bool, device=source.device)
+        free[source[source < n]] = False
+        holes = torch.nonzero(free).flatten()
+        self.real[holes] = self.real[moved]
+        first = int(self.real[:n, : self.length].any(dim=0).int().argmax())
+        for tensors in (self.keys, self.values):
+            for i, tensor in enumerate(tensors):
+                tensor[holes, :, first : self.length] = tensor[:, :, first : self.length].index_select(0, moved)
+                tensors[i] = tensor[:, :, first:]
+        self.real = self.real[:n, first:]
+        self.length -= first
+        return torch.cat([source[source < n], holes])
+
     def close_gaps(self) -> None:
         """Move the unused columns of every row to its left; positions are in the keys, so that their order is free.
 
-        Only before rows are added: there must be memory for those in use alone.
+        Only before rows are added or dropped: there must be memory for those in use alone.
         """
         order = self.real.int().argsort(dim=1, stable=True)
         self.real = self.real.gather(1, order)

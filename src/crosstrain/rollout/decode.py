@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -26,7 +26,14 @@ from crosstrain.rollout.cache import PreallocatedCache, merge
 from crosstrain.rollout.rows import Rows
 
 COMPACT_BELOW = 0.75
-"""Finished lines leave the batch when fewer than this share of it still runs: a copy of the cache must pay off."""
+"""Finished lines leave the batch when fewer than this share of it still runs: the others have to be moved together."""
+
+REFILL_BELOW = 0.75
+"""Waiting prompts come in when fewer than this share of a batch's rows still runs: all of its lines are copied to a new cache."""
+
+ENOUGH_LINES = 64
+"""And, on a processor, fewer lines than this: of 135M parameters on 2 cores, a token takes 50 ms and 0.9 ms for each line, whose
+copy takes 2.6 ms, so that a large batch of short completions is better run to its end."""
 
 HEAD_ROWS = 128
 """Lines whose logits exist at once: 128 x 49,152 in fp32 are 25 MB."""
@@ -43,7 +50,8 @@ class Policy:
     """A model as the loops use it.
 
     llama: the decoder written out (`crosstrain.llama`), or None where the model's own code runs.
-    parameters: the head's, cast once; None where only the model's own forward knows the logits (see `check_head`).
+    parameters: the head's, cast once where the device needs that; None where only the model's own forward knows the logits (see
+        `check_head`).
     memory: room for the logits of HEAD_ROWS lines, which every token's are written to.
     shares_start: whether prompts of one prefill may share the columns of what they start with. Not where attention counts columns
     (local windows, ALiBi): there may be unused ones between the start and the rest.
@@ -113,17 +121,32 @@ def cached(policy: Policy, asks: Sequence[Ask], rows: Rows, token_budget: int) -
     """Prefill each prompt once, share its keys and values among its rows, and replace those that finish by waiting ones."""
     waiting = deque(sorted(asks, key=lambda a: -len(a.tokens)))  # the longest first: those after it fit into its columns
     batch: _Batch | None = None
-    while batch is not None or waiting:
-        if batch is None or _is_worn(batch, waiting):
+    while waiting or batch is not None:
+        running = 0 if batch is None else len(torch.unique_consecutive(batch.line))
+        if waiting and (batch is None or _is_worn(batch, running)):
             batch = _refill(policy, batch, waiting, rows, token_budget)
+        elif batch is not None and running < COMPACT_BELOW * batch.cache.rows:
+            batch = _compact(batch)
         if batch is not None:
             _step(policy, batch, rows)
 
 
-def _is_worn(batch: _Batch, waiting: deque[Ask]) -> bool:
-    """Whether too many lines idle, or so many rows have finished that waiting ones should come in."""
-    lines = len(torch.unique_consecutive(batch.line))
-    return lines < COMPACT_BELOW * batch.cache.rows or (bool(waiting) and len(batch.row) < COMPACT_BELOW * batch.started)
+def _is_worn(batch: _Batch, running: int) -> bool:
+    """Whether waiting prompts should come in: enough rows have finished, and on a processor few lines run."""
+    return len(batch.row) < REFILL_BELOW * batch.started and (batch.token.device.type != "cpu" or running < ENOUGH_LINES)
+
+
+def _compact(batch: _Batch) -> _Batch | None:
+    """The batch without idle lines, in the same memory; None when none runs."""
+    if not len(batch.row):
+        return None
+    source, place = torch.unique_consecutive(batch.line, return_inverse=True)
+    at = batch.cache.keep(source)
+    line, order = at[place].sort(stable=True)
+    back = at.argsort()  # the line that is where
+    return replace(
+        batch, token=batch.token[source[back]], position=batch.position[source[back]], row=batch.row[order], line=line
+    )
 
 
 def _step(policy: Policy, batch: _Batch, rows: Rows) -> None:
