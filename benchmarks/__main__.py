@@ -92,10 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     FOLDER.mkdir(parents=True, exist_ok=True)
     model = resolve_model(options.model)
-    rows = FOLDER / "rows.json"
-    rows.write_text(
-        json.dumps(make_rows(load_tokenizer(model), sft=800, documents=40, pairs=160, prompts=128)), encoding="utf-8"
-    )
+    rows = options.rows or FOLDER / "rows.json"
+    if options.rows is None:
+        made = make_rows(load_tokenizer(model), sft=800, documents=40, pairs=160, prompts=128)
+        rows.write_text(json.dumps(made), encoding="utf-8")
     bench = Bench(model, options.peer_python, options.device, rows, options.steps, not options.no_search)
     bf16 = has_bf16_instructions(torch.device(options.device))
     found: list[Row] = []
@@ -144,6 +144,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--peer-python", default=".venv-trl/bin/python", help="Python of an environment with TRL")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=Path, help="rows that a run has left, in runs/bench/rows.json, instead of making them")
     parser.add_argument("--steps", type=int, default=5, help="measured steps after one for warming up")
     parser.add_argument("--curve-steps", type=int, default=50, help="steps over which losses are compared")
     parser.add_argument(
@@ -207,7 +208,8 @@ def row_of(work: Work, precision: str, ours: Steps, peer: Steps, settings: str, 
 
 def utilisation(bench: Bench, precision: str) -> Row:
     """The real work against its matrix products alone, in turn in one process."""
-    side = Side([sys.executable, "-m", "benchmarks.limit", precision, str(bench.rows), bench.model], f"limit-{precision}")
+    command = [sys.executable, "-m", "benchmarks.limit", precision, str(bench.rows), bench.model, "--device", bench.device]
+    side = Side(command, f"limit-{precision}")
     lines = alone(side, FOLDER / "logs", bench.steps).lines
     shares = [line["products"] / line["real"] for line in lines]
     share = statistics.median(shares)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ from torch import Tensor, nn
 from benchmarks.ours import EXAMPLES
 from benchmarks.worker import Pace, serve
 from crosstrain.methods import load_method
-from crosstrain.models import load_model
+from crosstrain.models import load_model, resolve_device
 from crosstrain.objective.reduce import count
 from crosstrain.training.batching import cut, to_batch, with_advantage
 from crosstrain.training.loop import Engine, backward
 from crosstrain.training.metrics import Meter
 from crosstrain.training.optimizer import Optimizer
+from crosstrain.training.timing import clock
 from crosstrain.types import Group
 
 ROWS, LENGTH = 16, 256
@@ -35,20 +35,23 @@ def main() -> None:
     parser.add_argument("precision")
     parser.add_argument("rows", type=Path)
     parser.add_argument("model")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     pace = Pace()
     rows = json.loads(options.rows.read_text(encoding="utf-8"))["documents"]
-    model, _ = load_model(options.model, dtype=torch.bfloat16 if options.precision == "bf16" else torch.float32)
+    device = resolve_device(options.device)
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    model, _ = load_model(options.model, dtype=dtype, device=device)
     optimizer = Optimizer(model, options.precision)
     real = training(model, optimizer, [row["tokens"][:LENGTH] for row in rows[:ROWS]])
     products = matrix_products(model, ROWS * LENGTH)
 
     def step() -> Mapping[str, Any]:
-        started = time.perf_counter()
+        started = clock(device)
         real()
-        between = time.perf_counter()
+        between = clock(device)
         products()
-        ended = time.perf_counter()
+        ended = clock(device)
         return {"amount": 1, "real": between - started, "products": ended - between}
 
     serve(pace, step)
@@ -58,14 +61,15 @@ def training(model: Any, optimizer: Optimizer, rows: list[list[int]]) -> Callabl
     """Forward and backward of the real loop, gradients dropped."""
     examples = [EXAMPLES["documents"](i, {"tokens": tokens}) for i, tokens in enumerate(rows)]
     method = load_method("sft")
-    batch = to_batch([Group(e, e.expert) for e in examples])
+    device = next(model.parameters()).device
+    batch = to_batch([Group(e, e.expert) for e in examples]).to(device)
     batch = with_advantage(batch, method.advantage(batch))
     counts = count(method.terms, batch, groups=len(rows))
-    engine = Engine(model, parameters=1, layout="shared", device=torch.device("cpu"), streams={})
+    engine = Engine(model, parameters=1, layout="shared", device=device, streams={})
 
     def run() -> None:
         for index in cut(batch, engine.micro_batch_tokens, "token"):
-            backward(engine, method, batch.rows(index), counts, Meter())
+            backward(engine, method, batch.rows(index.to(device)), counts, Meter())
         optimizer.zero_grad()
 
     return run
@@ -75,7 +79,7 @@ def matrix_products(model: Any, tokens: int) -> Callable[[], None]:
     """The products of every linear layer and the head: forward, and the gradients of inputs and of weights."""
     weights = [m.weight.detach() for m in model.modules() if type(m) is nn.Linear]
     sizes = {n for w in weights for n in w.shape}
-    given = {n: torch.randn(tokens, n).to(weights[0].dtype) for n in sizes}
+    given = {n: torch.randn(tokens, n).to(weights[0]) for n in sizes}
 
     def run() -> None:
         result: Tensor

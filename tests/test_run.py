@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+DEVICE = os.environ.get("CROSSTRAIN_TEST_DEVICE", "cpu")
+"""Where these runs compute: `CROSSTRAIN_TEST_DEVICE=cuda` on a machine that has a card."""
+
+ABSENT = "mps" if torch.cuda.is_available() else "cuda"
+
+
 def recipe(world: Path, *stages: Any, **more: Any) -> dict[str, Any]:
     """A recipe in which a stage is a method, or a method with settings of the stage."""
     full = [
@@ -57,7 +64,7 @@ def recipe(world: Path, *stages: Any, **more: Any) -> dict[str, Any]:
         "sampling": {"max_completion_length": 5},
         "evaluation": OFF,
         "stages": full,
-        "device": "cpu",
+        "device": DEVICE,
         "precision": "fp32",
         **more,
     }
@@ -267,7 +274,7 @@ def test_budgets_end_stages(world: Path, tmp_path: Path) -> None:
         ({"max_prompt_length": 2}, r"rows\.jsonl:1: the prompt has 5 tokens, more than max_prompt_length 2"),
         ({"max_prompt_length": 5, "max_length": 6}, None),
         ({"model": "nowhere"}, "model 'nowhere': no such folder"),
-        ({"device": "cuda"}, "device: got 'cuda', which this machine does not have"),
+        ({"device": ABSENT}, f"device: got '{ABSENT}', which this machine does not have"),
     ],
 )
 def test_mistakes_end_before_step_1(world: Path, tmp_path: Path, change: dict[str, Any], message: str | None) -> None:

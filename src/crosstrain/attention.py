@@ -11,7 +11,7 @@ computes them again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -266,6 +266,22 @@ def _weights(part: _Part, scaling: float, memory: Tensor) -> Tensor:
     apart = scores.view(-1, part.keys * queries // length, length, columns)
     torch.add(part.bias, apart, alpha=scaling, out=apart)
     return torch.softmax(scores, dim=-1, out=scores)
+
+
+@contextmanager
+def of_any_shape(device: torch.device) -> Iterator[None]:
+    """Attention on a CUDA device without cuDNN's, which plans anew for every shape: 50 ms for each, and shapes hardly repeat here
+    (an H100 with torch 2.11 took up to 2 s for an SFT step whose kernels run for 0.02 s). Other backends stay as the user set them.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled() if device.type == "cuda" else False
+    if not before:
+        yield
+        return
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def _asks_for_more(kwargs: dict[str, Any]) -> bool:

@@ -26,15 +26,18 @@ def head_logits(
 ) -> Tensor:
     """Logits [..., V] of hidden states [..., D], as the model's own forward gives them but in fp32 (fp64 stays fp64).
 
-    parameters: the head's parameters already cast (see `head_parameters`), to save casting them in every call. memory: [>= M, V] of
-    their dtype, which the logits of [M, D] hidden states are written to where the head is one matrix.
+    parameters: the head's parameters already cast (see `head_parameters`), to save casting them in every call. memory: [>= M, V] in
+    at least fp32, which the logits of [M, D] hidden states are written to where the head is one matrix.
     What a head is made of does not matter: LoRA on it, or a trained copy of it, is used. After the head come the scales and
     soft caps of published architectures (Cohere, Granite, Gemma); `check_head` finds models that do something else.
     """
-    if parameters is None:
+    weight = plain_head(model)
+    if weight is not None and adds_up_in_fp32(weight) and hidden.dtype == weight.dtype and not torch.is_grad_enabled():
+        flat = fp32_product(hidden.reshape(-1, hidden.shape[-1]), weight, memory)
+        return _after_head(model, flat.view(*hidden.shape[:-1], -1))
+    if parameters is None or next(iter(parameters.values())).dtype in HALF:
         parameters = head_parameters(model)
     dtype = next(iter(parameters.values())).dtype
-    weight = plain_head(model)
     exact = weight is not None and hidden.dtype == weight.dtype == torch.bfloat16 and hidden.device.type == "cpu"
     with bf16_products() if exact and len(hidden) > FEW else nullcontext():
         if memory is not None and weight is not None:
@@ -43,9 +46,25 @@ def head_logits(
     return _after_head(model, logits)
 
 
+HALF = (torch.bfloat16, torch.float16)
+
+
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     """What logits, scores and sums of tensors of a dtype are computed in: fp32, or fp64 for fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def adds_up_in_fp32(weight: Tensor) -> bool:
+    """Whether the device takes products of a weight in 16 bits and gives their sums in fp32: `fp32_product` works."""
+    return weight.device.type == "cuda" and torch.version.hip is None and weight.dtype in HALF
+
+
+def fp32_product(hidden: Tensor, weight: Tensor, memory: Tensor | None = None) -> Tensor:
+    """hidden weight', [M, V] in fp32, of [M, D] and [V, D] in 16 bits on a CUDA device; in `memory` [>= M, V] where it is given.
+    Without gradient."""
+    if memory is None:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=memory[: len(hidden)])
 
 
 @contextmanager

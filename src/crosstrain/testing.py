@@ -191,13 +191,13 @@ def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 
         seed=seed,
         step=0,
     )
-    batch = to_batch(collected.groups)
     engine = _engine(model, micro_batch_tokens=10**6)
+    batch = to_batch(collected.groups).to(engine.device)
     logp = no_grad_scores(engine, method, batch).logp
     generator = torch.Generator().manual_seed(seed)
     for name in sorted(method.needs & {"old_logp", "ref_logp"}):
         noise = torch.randn(logp.shape, generator=generator, dtype=torch.float64) * 0.3
-        off = torch.where(batch.trained, logp + noise.to(logp.dtype), torch.full_like(logp, math.nan))
+        off = torch.where(batch.trained, logp + noise.to(logp), torch.full_like(logp, math.nan))
         batch = batch.with_columns(**{name: off})
     for name, build in method.columns.items():
         batch = batch.with_columns(**{name: build(lambda b: no_grad_scores(engine, method, b), batch)})
@@ -221,7 +221,7 @@ def _engine(model: Any, layout: str = "plain", micro_batch_tokens: int = 4096) -
         model=model,
         parameters=1,
         layout=layout,  # type: ignore[arg-type]
-        device=torch.device("cpu"),
+        device=next(model.parameters()).device,
         streams={},
         micro_batch_tokens=micro_batch_tokens,
     )
@@ -230,8 +230,8 @@ def _engine(model: Any, layout: str = "plain", micro_batch_tokens: int = 4096) -
 Check = Callable[[Method, Any, float], None]
 
 
-def check_method(method: Method) -> None:
-    """Hold a method to the contract, in fp64 (1e-8) and fp32 (1e-5); AssertionError names the check that failed.
+def check_method(method: Method, device: torch.device | str = "cpu") -> None:
+    """Hold a method to the contract on a device, in fp64 (1e-8) and fp32 (1e-5); AssertionError names the check that failed.
 
     Any cut into micro-batches, padding, row order and packing give the same gradient; masks are respected; the gradient is
     finite and not zero; state survives JSON; unrelated rows leak nothing.
@@ -239,7 +239,7 @@ def check_method(method: Method) -> None:
     for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-5)):
         for check in CHECKS:
             try:
-                check(method, tiny_model(dtype=dtype), tolerance)
+                check(method, tiny_model(dtype=dtype).to(device), tolerance)
             except NonFinite as error:  # the loop stops a run there; here it is a broken promise like any other
                 raise AssertionError(f"{check.__name__}: {error}") from error
 

@@ -377,7 +377,7 @@ def keep(group: Group, state: State) -> Group | None:
 
 
 def _no_advantage(batch: Batch) -> Tensor:
-    return torch.full(batch.tokens.shape, math.nan)
+    return torch.full(batch.tokens.shape, math.nan, device=batch.tokens.device)
 
 
 def _no_state() -> State:

@@ -9,8 +9,17 @@ from typing import Any, Literal
 import torch
 
 from crosstrain.architecture import has_local_attention, is_plain
+from crosstrain.attention import of_any_shape
 from crosstrain.errors import UserError
-from crosstrain.head import check_head, evaluation_mode, head_logits, head_parameters, plain_head
+from crosstrain.head import (
+    adds_up_in_fp32,
+    at_least_fp32,
+    check_head,
+    evaluation_mode,
+    head_logits,
+    head_parameters,
+    plain_head,
+)
 from crosstrain.llama import written_out
 from crosstrain.rollout.decode import HEAD_ROWS, Ask, Policy, cached, plain
 from crosstrain.rollout.rows import Rows
@@ -72,7 +81,7 @@ class TorchSampler:
         check_keys(prompts)
         _check_length(self.model, prompts, sampling)
         found = self._look()
-        with evaluation_mode(self.model):
+        with evaluation_mode(self.model), of_any_shape(next(self.model.parameters()).device):
             policy = _policy(self.model, found.known_head, sum(p.n for p in prompts))
             rows = _rows(policy, prompts, sampling, self.stop_token_ids, seed, step)
             run = cached if found.path == "cached" else plain
@@ -87,11 +96,13 @@ class TorchSampler:
 
 def _policy(model: Any, known_head: bool, rows: int) -> Policy:
     parameter = next(model.get_output_embeddings().parameters())
-    head = head_parameters(model) if known_head else None
+    weight = plain_head(model) if known_head else None
+    as_it_is = weight is not None and adds_up_in_fp32(weight)
+    head = None if not known_head else {"weight": weight} if as_it_is else head_parameters(model)
     shares_start = is_plain(model) and not has_local_attention(model)
     memory = None
-    if head is not None and plain_head(model) is not None:
-        memory = head["weight"].new_empty(min(rows, HEAD_ROWS), len(head["weight"]))
+    if weight is not None:
+        memory = weight.new_empty(min(rows, HEAD_ROWS), len(weight), dtype=at_least_fp32(weight.dtype))
     return Policy(model, model.get_decoder(), written_out(model), head, parameter.device, memory, shares_start)
 
 

@@ -82,7 +82,7 @@ def with_advantage(batch: Batch, advantage: Tensor) -> Batch:
         raise ValueError(
             f"an advantage must have shape [B] or [B, T] = {tuple(batch.tokens.shape)}; got {tuple(advantage.shape)}"
         )
-    return replace(batch, advantage=advantage.detach().clone().to(batch.reward.dtype))
+    return replace(batch, advantage=advantage.detach().clone().to(batch.reward))
 
 
 def distinct_tokens(batch: Batch) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crosstrain.attention import of_any_shape
 from crosstrain.errors import UserError, nearest
 from crosstrain.objective.reduce import count, term_loss
 from crosstrain.objective.schedules import learning_rate_factor
@@ -385,7 +386,8 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
             meter.add_weights(term.name, -found[0], batch)
             # a gate belongs to a ratio: what other terms add to the same token says nothing about it
             policy_weights += found[0] if "old_logp" in term.needs else 0.0
-    torch.autograd.backward(inputs, gradients)
+    with of_any_shape(engine.device):  # gradient checkpointing runs the forward again
+        torch.autograd.backward(inputs, gradients)
     meter.add_computed(scores)
     meter.add_scores(batch, logp, scores.channels["entropy"].detach(), scores.channels["correct"], used)
     if "old_logp" in batch.columns:

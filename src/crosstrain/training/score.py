@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from crosstrain.architecture import has_local_attention
+from crosstrain.attention import of_any_shape
 from crosstrain.head import head_logits, plain_head
 from crosstrain.llama import hidden_states, written_out
 from crosstrain.prefix import common_start
@@ -98,7 +99,8 @@ def score(
     """
     # what changes embeddings (noise) is about one row at a time, and must not know what shares its line
     lines = lay_out(batch, layout if embed is None else "plain")
-    hidden = _hidden_states(model, lines, batch, embed)
+    with of_any_shape(lines.tokens.device):
+        hidden = _hidden_states(model, lines, batch, embed)
     asked: dict[str, Channel] = {**(WATCHED if watch else {}), **(channels or {})}
     weight = plain_head(model)
     if weight is not None and weight.dtype == hidden.dtype and not channels:

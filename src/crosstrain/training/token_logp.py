@@ -7,6 +7,7 @@ the processor's cache, and one array is kept for backward: the probabilities, in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from crosstrain.head import at_least_fp32, bf16_products
+from crosstrain.head import adds_up_in_fp32, at_least_fp32, bf16_products, fp32_product
 
 CHUNK = 512
 """Positions whose logits exist at once: 512 x 49,152 in fp32 are 100 MB."""
@@ -66,13 +67,13 @@ class _TokenLogp(torch.autograd.Function):
         if any(ctx.needs_input_grad[:2]) and size <= KEPT_BYTES:
             kept = torch.empty(len(hidden), weight.shape[0], dtype=hidden.dtype, device=hidden.device)
         memory = _logits_memory(hidden, weight, dtype)
-        given = weight if weight.device.type == "cpu" else weight.to(dtype)
+        block = BLOCK if hidden.device.type == "cpu" else CHUNK  # on a card every operation costs a launch
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits = _logits(hidden[rows], given, temperature, exact, memory)
-            for first in range(0, len(logits), BLOCK):
-                part = slice(start + first, min(start + first + BLOCK, start + CHUNK))
-                z = logits[first : first + BLOCK]
+            logits = _logits(hidden[rows], weight, temperature, exact, memory)
+            for first in range(0, len(logits), block):
+                part = slice(start + first, min(start + first + block, start + CHUNK))
+                z = logits[first : first + block]
                 highest, best = z.max(dim=1, keepdim=True)
                 z.sub_(highest)
                 target = targets[part, None]
@@ -95,7 +96,6 @@ class _TokenLogp(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, logp, kept = ctx.saved_tensors
         memory = _logits_memory(hidden, weight, logp.dtype) if kept is None else None
-        given = weight if memory is None or weight.device.type == "cpu" else weight.to(logp.dtype)
         of_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         of_weight = None
         scaled = gradient / ctx.temperature
@@ -105,7 +105,7 @@ class _TokenLogp(torch.autograd.Function):
             if memory is None:
                 p = kept[rows]
             else:
-                logits = _logits(hidden[rows], given, ctx.temperature, ctx.exact, memory)
+                logits = _logits(hidden[rows], weight, ctx.temperature, ctx.exact, memory)
                 p = torch.softmax(logits, dim=1, out=logits).to(hidden.dtype, copy=True)
             of_logits = p.mul_(-scaled[rows, None].to(p.dtype))
             # 1 - p of a likely token, from its log-prob: the difference of rounded numbers would be mostly rounding
@@ -127,11 +127,25 @@ def _logits_memory(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float, exact: bool, memory: Tensor) -> Tensor:
-    """hidden weight' / temperature in `memory`, whose dtype both are cast to: the weight by parts, which stay in a cache."""
-    logits, wide = memory[: len(hidden)], hidden.to(memory.dtype)
-    step = len(weight) if weight.dtype == memory.dtype else CAST_ROWS
-    with bf16_products() if exact else nullcontext():
-        for first in range(0, len(weight), step):
-            part = weight[first : first + step].to(memory.dtype)
-            torch.mm(wide, part.T, out=logits[:, first : first + step])
+    """hidden weight' / temperature in `memory`, whose dtype both are cast to where the device cannot add up in it otherwise: the
+    weight by parts, which stay in a cache."""
+    logits = memory[: len(hidden)]
+    if adds_up_in_fp32(weight):
+        fp32_product(hidden, weight, logits)
+    else:
+        wide = hidden.to(memory.dtype)
+        with bf16_products() if exact else nullcontext():
+            for rows, part in _cast_by_parts(weight, memory.dtype):
+                torch.mm(wide, part.T, out=logits[:, rows])
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _cast_by_parts(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the weight in `dtype`, each part valid until the next, in memory that stays in a processor's cache."""
+    if weight.dtype == dtype:
+        yield slice(0, len(weight)), weight
+        return
+    memory = weight.new_empty(CAST_ROWS, weight.shape[1], dtype=dtype)
+    for first in range(0, len(weight), CAST_ROWS):
+        rows = slice(first, min(first + CAST_ROWS, len(weight)))
+        yield rows, memory[: rows.stop - first].copy_(weight[rows])
