@@ -103,11 +103,22 @@ def test_sft_and_dft_are_trls(tmp_path: Path, saved: Path, name: str, loss_type:
     assert_same_gradient(method, model, batch, lambda: trainer.compute_loss(model, inputs), tolerance=2e-6)
 
 
-# --- GRPO, Dr. GRPO, DAPO -------------------------------------------------------------------------------------------
+# --- GRPO and what differs from it by its ratio ----------------------------------------------------------------------
 
 
-def trl_grpo(model: Any, batch: Batch, *, loss_type: str, beta: float, high: float, limit: int) -> Tensor:
-    """`GRPOTrainer._compute_loss` itself, on a stand-in for the trainer that has only what that function reads.
+def trl_grpo(
+    model: Any,
+    batch: Batch,
+    *,
+    loss_type: str,
+    beta: float = 0.0,
+    low: float = 0.2,
+    high: float,
+    limit: int = 6,
+    level: str = "token",
+    compute: Any = None,
+) -> Tensor:
+    """`GRPOTrainer._compute_loss` itself, or that of another trainer, on a stand-in that has only what such functions read.
 
     Its KL is the paper's k3 only with `use_bias_correction_kl` off, which is not its default.
     """
@@ -119,13 +130,13 @@ def trl_grpo(model: Any, batch: Batch, *, loss_type: str, beta: float, high: flo
         args=args,
         loss_type=loss_type,
         beta=beta,
-        epsilon_low=0.2,
+        epsilon_low=low,
         epsilon_high=high,
         max_completion_length=limit,
         temperature=1.0,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
-        importance_sampling_level="token",
+        importance_sampling_level=level,
         use_vllm=False,
         vllm_importance_sampling_correction=False,
         aux_loss_enabled=False,
@@ -154,7 +165,37 @@ def trl_grpo(model: Any, batch: Batch, *, loss_type: str, beta: float, high: flo
     for theirs, ours in (("old_per_token_logps", "old_logp"), ("ref_per_token_logps", "ref_logp")):
         if ours in batch.columns:
             inputs[theirs] = batch.columns[ours][:, len(PROMPT) :]
-    return GRPOTrainer._compute_loss(trainer, model, inputs)
+    return (compute or GRPOTrainer._compute_loss)(trainer, model, inputs)
+
+
+def with_old_policy(batch: Batch, model: Any, spread: float) -> Batch:
+    """Old log-probs that are `spread` away from the model's."""
+    logp = torch.nn.functional.pad(plain_logps(model, batch).detach(), (len(PROMPT), 0))
+    noise = torch.randn(logp.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return batch.with_columns(old_logp=logp + spread * noise)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "theirs"),
+    [
+        (
+            "gspo",
+            {"epsilon": 0.03, "epsilon_high": 0.04},
+            {"loss_type": "grpo", "level": "sequence", "low": 0.03, "high": 0.04},
+        ),
+        ("cispo", {"epsilon_high": 1.2}, {"loss_type": "cispo", "high": 1.2}),
+        ("sapo", {}, {"loss_type": "sapo", "high": 0.2}),
+        ("gmpo", {"epsilon": 0.1}, {"loss_type": "grpo", "low": 0.1, "high": 0.1}),
+    ],
+    ids=["gspo", "cispo", "sapo", "gmpo"],
+)
+def test_other_ratios_are_trls(name: str, settings: dict[str, Any], theirs: dict[str, Any]) -> None:
+    from trl.experimental.gmpo import GMPOTrainer
+
+    method, model = load_method(name, **settings), tiny_model()
+    batch = with_old_policy(batch_of(method, Source.POLICY, [(0, 1), (2, 3)]), model, 0.1)
+    compute = GMPOTrainer._compute_loss if name == "gmpo" else None
+    assert_same_gradient(method, model, batch, lambda: trl_grpo(model, batch, compute=compute, **theirs))
 
 
 @pytest.mark.parametrize("inner", [False, True], ids=["one update", "old policy"])
@@ -185,12 +226,24 @@ def test_grpo_family_is_trls(name: str, settings: dict[str, Any], loss_type: str
 # --- DPO ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_dpo_is_trls(tmp_path: Path, saved: Path, smoothing: float) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings", "losses"),
+    [
+        ("dpo", {}, {"loss_type": ["sigmoid"]}),
+        ("dpo", {"label_smoothing": 0.2}, {"loss_type": ["sigmoid", "robust"], "loss_weights": [1.6, -0.6]}),
+        ("ipo", {"average": True}, {"loss_type": ["ipo"]}),
+        ("dpo_nll", {"nll_coef": 0.5}, {"loss_type": ["sigmoid"]}),
+    ],
+    ids=["dpo", "conservative dpo", "ipo", "dpo with likelihood"],
+)
+def test_losses_with_a_reference_are_trls(
+    tmp_path: Path, saved: Path, name: str, settings: dict[str, Any], losses: dict[str, Any]
+) -> None:
     """A real `DPOTrainer`, in fp32, with a reference of other weights.
 
     TRL has no conservative DPO under that name; from its `robust` = ((1 - e) L+ - e L-) / (1 - 2 e) and `sigmoid` = L+ follows
-    (1 - e) L+ + e L- = 2 (1 - e) sigmoid - (1 - 2 e) robust.
+    (1 - e) L+ + e L- = 2 (1 - e) sigmoid - (1 - 2 e) robust. Its likelihood beside DPO is a mean over all chosen tokens, the
+    paper's one over each answer's: it is added here.
     """
     from trl import DPOConfig, DPOTrainer
 
@@ -198,14 +251,13 @@ def test_dpo_is_trls(tmp_path: Path, saved: Path, smoothing: float) -> None:
     with torch.no_grad():
         for p in reference.parameters():
             p.mul_(0.9)
-    method = load_method("dpo", beta=0.3, label_smoothing=smoothing)
+    strength = {"tau" if name == "ipo" else "beta": 0.3}
+    method = load_method(name, **strength, **settings)
     batch = batch_of(method, Source.EXPERT, [(0, 1), (2, 3)])
     with torch.no_grad():
         ref_logp = torch.nn.functional.pad(plain_logps(reference, batch), (len(PROMPT), 0))
     batch = batch.with_columns(ref_logp=ref_logp)
-    losses = {"loss_type": ["sigmoid"]}
-    if smoothing:
-        losses = {"loss_type": ["sigmoid", "robust"], "loss_weights": [2 * (1 - smoothing), -(1 - 2 * smoothing)]}
+    smoothing = settings.get("label_smoothing", 0.0)
     args = DPOConfig(output_dir=str(tmp_path), beta=0.3, label_smoothing=smoothing, **losses, **QUIET)
     rows = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     tokenizer = AutoTokenizer.from_pretrained(saved)
@@ -216,4 +268,44 @@ def test_dpo_is_trls(tmp_path: Path, saved: Path, smoothing: float) -> None:
         "attention_mask": real(stacked).long(),
         "completion_mask": stacked.trained.long(),
     }
-    assert_same_gradient(method, model, batch, lambda: trainer._compute_loss(model, inputs, False), tolerance=2e-6)
+
+    def theirs() -> Tensor:
+        loss = trainer._compute_loss(model, inputs, False)
+        chosen = means(model, batch)[::2]
+        return loss - settings["nll_coef"] * chosen.mean() if name == "dpo_nll" else loss
+
+    assert_same_gradient(method, model, batch, theirs, tolerance=2e-6)
+
+
+def means(model: Any, batch: Batch, *, total: bool = False) -> Tensor:
+    """The mean log-prob of each answer, [B], or with `total` the sum, straight from the model's logits."""
+    mask = completions(batch)
+    sums = (plain_logps(model, batch) * mask).sum(dim=1)
+    return sums if total else sums / mask.sum(dim=1)
+
+
+@pytest.mark.parametrize("name", ["simpo", "cpo", "orpo"])
+def test_losses_without_a_reference_are_trls(name: str) -> None:
+    """`cpo_loss` and `odds_ratio_loss` themselves, on a stand-in for the trainer; the likelihood beside them is added here."""
+    from trl.experimental.cpo import CPOTrainer
+    from trl.experimental.orpo import ORPOTrainer
+
+    settings = {"simpo": {"beta": 2.0, "gamma": 0.5}, "cpo": {"beta": 0.2}, "orpo": {"beta": 0.3}}[name]
+    method, model = load_method(name, **settings), tiny_model()
+    batch = batch_of(method, Source.EXPERT, [(0, 1), (2, 3)])
+    trainer = types.SimpleNamespace(
+        **{"alpha": 0.0, "label_smoothing": 0.0, "simpo_gamma": 0.5, "loss_type": "simpo" if name == "simpo" else "sigmoid"},
+        beta=settings["beta"],
+        accelerator=types.SimpleNamespace(device=torch.device("cpu")),
+    )
+
+    def theirs() -> Tensor:
+        answers = means(model, batch, total=name == "cpo")
+        chosen, rejected = answers[::2], answers[1::2]
+        if name == "orpo":
+            return -chosen.mean() - ORPOTrainer.odds_ratio_loss(trainer, chosen, rejected)[0].mean()
+        loss = CPOTrainer.cpo_loss(trainer, chosen, rejected)[0].mean()
+        return loss if name == "simpo" else loss - chosen.sum() / completions(batch)[::2].sum()
+
+    # ORPO's odds are in fp32 there
+    assert_same_gradient(method, model, batch, theirs, tolerance=1e-6 if name == "orpo" else 1e-9)

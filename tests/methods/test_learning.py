@@ -18,6 +18,12 @@ REINFORCED: list[tuple[str, dict[str, Any]]] = [
     ("grpo", {"num_iterations": 2, "minibatches": 2, "beta": 0.0}),
     ("dr_grpo", {"max_completion_length": 1}),
     ("dapo", {"num_generations": 8, "minibatches": 2, "dynamic_sampling": 2}),
+    ("gspo", {"minibatches": 2}),
+    ("gmpo", {"minibatches": 2}),
+    ("cispo", {"minibatches": 2}),
+    ("sapo", {"minibatches": 2}),
+    ("raft_pp", {"num_generations": 8, "minibatches": 2}),
+    ("reinforce_rej", {"num_generations": 8}),
 ]
 
 
@@ -31,7 +37,16 @@ def test_rewards_alone_teach_what_sampling_can_find(name: str, settings: dict[st
     assert metrics[-1]["reward"] > metrics[0]["reward"] + 0.5
 
 
-@pytest.mark.parametrize(("name", "settings"), [("sft", {}), ("sft", {"average": "sequences"}), ("dft", {})], ids=str)
+IMITATED: list[tuple[str, dict[str, Any]]] = [
+    ("sft", {}),
+    ("sft", {"average": "sequences"}),
+    ("dft", {}),
+    ("psft", {"minibatches": 2}),
+    ("iw_sft", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), IMITATED, ids=str)
 def test_imitation_reaches_the_demonstration(name: str, settings: dict[str, Any]) -> None:
     model = model_for()
     bandit = Bandit.reachable(model)
@@ -49,6 +64,26 @@ def test_dpo_widens_the_margin_and_prefers_the_chosen_answer() -> None:
     assert metrics[0]["rewards/margins"] == pytest.approx(0, abs=1e-5) and metrics[0]["loss"] == pytest.approx(0.6931, abs=1e-4)
     assert metrics[-1]["rewards/margins"] > 0.3 and metrics[-1]["rewards/accuracies"] == 1.0
     assert min(bandit.success(model)) > 0.5 > max(flipped.success(model))
+
+
+PREFERRED: list[tuple[str, dict[str, Any]]] = [
+    ("dpo_nll", {}),
+    ("ipo", {}),
+    ("simpo", {}),
+    ("cpo", {}),
+    ("orpo", {"beta": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), PREFERRED, ids=str)
+def test_preferences_turn_the_order_of_two_answers(name: str, settings: dict[str, Any]) -> None:
+    model = model_for()
+    bandit = Bandit.reachable(model)
+    flipped = Bandit(bandit.wrong, bandit.right)
+    assert max(bandit.success(model)) < min(flipped.success(model))
+    metrics = learn(load_method(name, **settings), model, bandit, steps=40)
+    assert min(bandit.success(model)) > 2 * max(flipped.success(model))
+    assert metrics[-1]["rewards/accuracies"] == 1.0 and metrics[-1]["loss"] < metrics[0]["loss"]
 
 
 def test_grpo_stays_at_zero_where_sampling_never_finds_the_answer() -> None:

@@ -28,8 +28,8 @@ def test_named_settings_of_grpo_record_their_own_name_and_settings() -> None:
 
 
 def test_unknown_names_and_settings_are_met_with_the_nearest_one() -> None:
-    with pytest.raises(UserError, match="unknown method 'gpro'; did you mean 'grpo'"):
-        load_method("gpro")
+    with pytest.raises(UserError, match="unknown method 'grpoo'; did you mean 'grpo'"):
+        load_method("grpoo")
     with pytest.raises(UserError, match="unknown setting 'num_generation'; did you mean 'num_generations'"):
         load_method("grpo", num_generation=4)
 

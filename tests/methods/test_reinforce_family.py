@@ -47,6 +47,26 @@ def test_raft_by_hand() -> None:
     torch.testing.assert_close(found.weights, tensor([[1 / 3, 1 / 3, 1 / 3]]))
 
 
+def test_raft_pp_by_hand() -> None:
+    """A = 1 and 0; ratios 1, 1.5 (clipped to 1.2, no gradient) and 0.5, over four tokens."""
+    method = load_method("raft_pp")
+    ratios = tensor([[1.0, 1.5, 0.5], [2.0, 1.0, 1.0]])
+    found = weights_of(method, prepared(method, ROLLOUTS, old_logp=LOGP - ratios.log()), LOGP)
+    assert found.logged == pytest.approx(-(1 + 1.2 + 0.5) / 4)
+    torch.testing.assert_close(found.weights, tensor([[1 / 4, 0, 1 / 8], [0, 0, 0]]))
+
+
+def test_reinforce_rej_by_hand() -> None:
+    """Rewards 1 and -1 stay as they are, over the four tokens of the group; a group of equal rewards is dropped."""
+    method = load_method("reinforce_rej")
+    mixed = group(answer("OOO", 1.0), answer("O", -1.0))
+    batch = prepared(method, [mixed, group(answer("O", 1.0), answer("O", 1.0)), group(answer("O", -1.0), answer("O", -1.0))])
+    assert len(batch) == 2
+    found = weights_of(method, batch, LOGP)
+    assert found.logged == pytest.approx((6 - 1) * LN2 / 4)
+    torch.testing.assert_close(found.weights, tensor([[1 / 4, 1 / 4, 1 / 4], [-1 / 4, 0, 0]]))
+
+
 def reinforce_paper(groups: list[list[Line]]) -> Tensor:
     """Williams 1992, averaged over completions."""
     lines = [line for g in groups for line in g]
@@ -70,9 +90,25 @@ def raft_paper(groups: list[list[Line]]) -> Tensor:
     return -sum(right) / len(right)
 
 
+def raft_pp_paper(groups: list[list[Line]]) -> Tensor:
+    """arXiv:2504.11343: PPO's clipped loss with max(R, 0) for an advantage, over all tokens."""
+    lines = [line for g in groups for line in g]
+    tokens = [((x - o).exp(), max(line.reward, 0.0)) for line in lines for x, o in zip(line.logp, line.old, strict=True)]
+    return sum(-torch.minimum(a * r, a * r.clamp(0.8, 1.2)) for r, a in tokens) / len(tokens)
+
+
+def reinforce_rej_paper(groups: list[list[Line]]) -> Tensor:
+    """arXiv:2504.11343: -R log p over the tokens of prompts whose rewards differ."""
+    kept = [g for g in groups if len({line.reward for line in g}) > 1]
+    tokens = [-line.reward * x for g in kept for line in g for x in line.logp]
+    return sum(tokens) / len(tokens)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_second_implementations(seed: int) -> None:
     groups = random_groups(seed, own=4)
+    agrees(load_method("raft_pp"), raft_pp_paper, groups, seed)
+    agrees(load_method("reinforce_rej"), reinforce_rej_paper, groups, seed)
     agrees(load_method("reinforce"), reinforce_paper, groups, seed)
     agrees(load_method("rloo"), rloo_paper, groups, seed)
     agrees(load_method("raft"), raft_paper, groups, seed)

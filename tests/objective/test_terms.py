@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from crosstrain.objective import denominators, gates
+from crosstrain.objective import denominators
 from crosstrain.objective.reduce import count, term_loss
 from crosstrain.objective.terms import (
     best_by,
@@ -54,6 +54,12 @@ DENOMINATORS = {
     "old": (denominators.old, lambda p, old: p / old),
     "one": (denominators.one, lambda p, old: p),
     "shaped": (denominators.shaped(0.3), lambda p, old: 0.3 * p / (p + 0.3) ** 2),
+    "uncertain": (denominators.uncertain, lambda p, old: p * (1 - p)),
+    "floored": (denominators.floored(0.1), lambda p, old: p / p.clamp(min=0.1)),
+    "mixture": (denominators.mixture, lambda p, old: 2 * p / (old + (old + 1) / 2)),
+    "capped": (denominators.capped(None, 1.5), lambda p, old: (p / old).clamp(max=1.5)),
+    "band": (denominators.capped(0.8, 1.5), lambda p, old: (p / old).clamp(0.8, 1.5)),
+    "sequence": (denominators.sequence, lambda p, old: (p / old).log().mean(dim=1, keepdim=True).exp().expand_as(p)),
 }
 
 
@@ -67,7 +73,7 @@ def test_the_weight_is_gate_times_ratio_times_advantage(
     now, before = torch.tensor(logp).double().view(2, 3), torch.tensor(old).double().view(2, 3)
     batch = two_by_three(advantage).with_columns(old_logp=torch.nn.functional.pad(before, (1, 0)))
     half = surrogate(
-        "t", on=by(Source.POLICY), per=Per(("own_tokens",)), denominator=denominator, gate=lambda r, a: 0.5 + 0 * r
+        "t", on=by(Source.POLICY), per=Per(("own_tokens",)), denominator=denominator, gate=lambda r, *rest: 0.5 + 0 * r
     )
     expected = 0.5 * closed_form(now.exp(), before.exp()) * advantage / 6
     torch.testing.assert_close(weights(half, now, batch), expected, rtol=1e-9, atol=1e-12)
@@ -79,8 +85,8 @@ def test_no_gradient_flows_through_denominator_gate_or_advantage() -> None:
         "t",
         on=by(Source.POLICY),
         per=Per(("own_tokens",)),
-        denominator=lambda logp, batch: logp,
-        gate=lambda ratio, advantage: ratio,
+        denominator=lambda logp, batch, on: logp,
+        gate=lambda ratio, *rest: ratio,
     )
     assert torch.allclose(weights(careless, torch.full((2, 3), -1.0), two_by_three()), torch.full((2, 3), 1 / 6).double())
 
@@ -88,7 +94,7 @@ def test_no_gradient_flows_through_denominator_gate_or_advantage() -> None:
 def test_old_is_the_current_policy_when_a_batch_is_used_once() -> None:
     batch = two_by_three().with_columns(behaviour_logp=torch.full((2, 4), -9.0).double())
     logp = torch.randn(2, 4)
-    assert torch.equal(denominators.old(logp, batch), logp)
+    assert torch.equal(denominators.old(logp, batch, batch.trained), logp)
 
 
 def test_shaping_needs_a_positive_gamma() -> None:
@@ -215,8 +221,3 @@ def test_a_coefficient_may_be_a_schedule_over_optimizer_steps() -> None:
     first = weights(term, torch.zeros(2, 3), batch)
     fourth = weights(term, torch.zeros(2, 3), replace(batch, step=3))
     torch.testing.assert_close(first, 4 * fourth)
-
-
-def test_a_gate_that_is_always_open_changes_nothing() -> None:
-    ratio = torch.rand(3)
-    assert torch.equal(gates.always(ratio, -ratio), torch.ones(3))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from crosstrain.objective import denominators
-from crosstrain.objective.gates import always, ppo_clip
+from crosstrain.objective.gates import always, ppo_clip, soft, token_clip
 from crosstrain.objective.reduce import count, term_loss
 from crosstrain.objective.terms import best_by, by, group_mean, kl, nll, seq_mean, surrogate, token_sum
 from crosstrain.training.batching import cut, distinct_tokens, to_batch, with_advantage
@@ -132,7 +132,13 @@ ONS = st.sampled_from([by(Source.POLICY), by(Source.EXPERT), by(Source.POLICY, S
 COUNTS = st.lists(st.sampled_from(["own_tokens", "all_tokens", "sequences", "groups"]), max_size=2, unique=True).map(tuple)
 PER = st.builds(Per, COUNTS, constant=st.floats(0.5, 100))
 NORMALISE = st.sampled_from([token_sum, seq_mean, group_mean])
-DENOMINATOR = st.sampled_from([denominators.current, denominators.old, denominators.one, denominators.shaped(0.1)])
+DENOMINATOR = st.sampled_from(
+    [
+        *(denominators.current, denominators.old, denominators.one, denominators.uncertain, denominators.mixture),
+        *(denominators.shaped(0.1), denominators.floored(0.1), denominators.capped(0.8, 1.5)),
+        *(denominators.sequence, denominators.clipped_sequence(0.4, 0.4)),
+    ]
+)
 
 
 @st.composite
@@ -143,7 +149,7 @@ def terms(draw: Callable) -> list[Term]:
         common = {"on": draw(ONS), "per": draw(PER), "normalise": draw(NORMALISE), "coef": draw(st.floats(0.1, 2))}
         kind = draw(st.sampled_from(["surrogate", "nll", "kl"]))
         if kind == "surrogate":
-            gate = draw(st.sampled_from([always, ppo_clip(0.2, 0.28)]))
+            gate = draw(st.sampled_from([always, ppo_clip(0.2, 0.28, 3.0), token_clip(0.4, 0.4), soft()]))
             made.append(surrogate(f"{i}", denominator=draw(DENOMINATOR), gate=gate, **common))
         else:
             make: dict[str, Callable[..., Term]] = {"nll": nll, "kl": kl}

@@ -1,11 +1,13 @@
-"""Direct preference optimisation: prefer the chosen answer to the rejected one."""
+"""Direct preference optimisation and what keeps its reference: prefer the chosen answer to the rejected one."""
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from crosstrain.methods.plans import preference_pairs
 from crosstrain.methods.registry import method
-from crosstrain.objective.terms import by, pairwise_logistic
-from crosstrain.types import Method, Source
+from crosstrain.objective.terms import best_by, by, nll, pairwise, pairwise_logistic, seq_mean
+from crosstrain.types import Method, Per, Source
 
 
 @method(paper="arXiv:2305.18290", family="preference")
@@ -17,9 +19,60 @@ def dpo(beta: float = 0.1, label_smoothing: float = 0.0) -> Method:
     The reference is the model the stage started from. label_smoothing e in [0, 0.5) is conservative DPO
     (TRL's setting of that name belongs to its loss `robust`, another formula).
     """
-    if beta <= 0:
-        raise ValueError(f"beta: got {beta}; it must be positive")
+    _check(beta)
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing: got {label_smoothing}; it must be in [0, 0.5)")
     term = pairwise_logistic("dpo", beta=beta, label_smoothing=label_smoothing, on=by(Source.EXPERT))
     return Method(terms=(term,), plan=preference_pairs(), reference="stage_start")
+
+
+@method(paper="arXiv:2404.19733", family="preference")
+def dpo_nll(beta: float = 0.1, nll_coef: float = 1.0) -> Method:
+    """DPO with the chosen answer's likelihood beside it (iterative reasoning preference optimisation, RPO).
+
+    Loss: mean over pairs of the `dpo` loss and nll_coef times the mean over the chosen answer's tokens of -log pi. Weight: DPO's,
+    and nll_coef / (T_chosen N_pairs) on the tokens of the chosen answer, whose probability DPO alone often lets fall.
+    """
+    _check(beta)
+    if nll_coef <= 0:
+        raise ValueError(f"nll_coef: got {nll_coef}; it must be positive (0 is `dpo`)")
+    return Method(
+        terms=(
+            pairwise_logistic("dpo", beta=beta, on=by(Source.EXPERT)),
+            nll("chosen", on=best_by(Source.EXPERT), per=Per(("pairs",)), normalise=seq_mean, coef=nll_coef, unit="group"),
+        ),
+        plan=preference_pairs(),
+        reference="stage_start",
+    )
+
+
+@method(paper="arXiv:2310.12036", family="preference")
+def ipo(tau: float = 0.1, average: bool = False) -> Method:
+    """IPO: a margin that is to be 1 / (2 tau), and no larger.
+
+    Loss: mean over pairs of (d_chosen - d_rejected - 1 / (2 tau))^2, d = sum_t log pi(y_t) - log ref(y_t). Weight on grad log pi:
+    -+ 2 (d_chosen - d_rejected - 1 / (2 tau)) / N_pairs on every token of the answer.
+
+    average: d is a mean over tokens instead of the paper's sum, as in TRL (whose `beta` is tau): a tau found with one is of no use
+    with the other.
+    """
+    if tau <= 0:
+        raise ValueError(f"tau: got {tau}; it must be positive")
+
+    def loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+        return (chosen - rejected - 1 / (2 * tau)) ** 2
+
+    what = "mean" if average else "sum"
+    term = pairwise(
+        "ipo",
+        loss,
+        on=by(Source.EXPERT),
+        average=average,
+        describe=f"(d_chosen - d_rejected - {1 / (2 * tau):g})^2, d = {what} of log pi - log ref",
+    )
+    return Method(terms=(term,), plan=preference_pairs(), reference="stage_start")
+
+
+def _check(beta: float) -> None:
+    if beta <= 0:
+        raise ValueError(f"beta: got {beta}; it must be positive")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-from crosstrain.methods.plans import rollouts
+from crosstrain.methods.plans import drop_equal_rewards, rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import centred, group_normalised
 from crosstrain.objective.denominators import old
 from crosstrain.objective.gates import ppo_clip
 from crosstrain.objective.terms import by, kl, ppo_loss, seq_mean, surrogate, token_sum
-from crosstrain.types import Group, Method, Per, Source, State, Term, Updates, keep
+from crosstrain.types import Method, Per, Source, Term, Updates, keep
 
 Average = Literal["sequences", "tokens", "constant"]
 
@@ -119,12 +119,6 @@ def dapo(
         minibatches=minibatches,
         dynamic_sampling=dynamic_sampling,
     )
-
-
-def drop_equal_rewards(group: Group, state: State) -> Group | None:
-    """The group, or None when all its known rewards are equal (no advantage could differ from 0)."""
-    rewards = {t.reward for t in group.trajectories if t.reward is not None}
-    return group if len(rewards) > 1 else None
 
 
 def _check(beta: float, scale_rewards: str, average: str, max_completion_length: int | None, draws: int) -> None:

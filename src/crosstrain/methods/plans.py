@@ -1,4 +1,4 @@
-"""The plans that methods share: what to collect for each example."""
+"""What methods share of collecting: what to ask for each example, and which groups to keep."""
 
 from __future__ import annotations
 
@@ -35,3 +35,9 @@ def rollouts(n: int, *, with_demonstration: bool = False, max_draws: int = 1) ->
         needs_expert="demonstration" if with_demonstration else None,
         max_draws=max_draws,
     )
+
+
+def drop_equal_rewards(group: Group, state: State) -> Group | None:
+    """The group, or None when all its known rewards are equal (no advantage could differ from 0)."""
+    rewards = {t.reward for t in group.trajectories if t.reward is not None}
+    return group if len(rewards) > 1 else None

@@ -1,12 +1,14 @@
-"""Policy gradients without a learned critic and without a ratio: REINFORCE, RLOO, RAFT."""
+"""Policy gradients without a learned critic: REINFORCE, RLOO, and rejection sampling (RAFT, RAFT++, Reinforce-Rej)."""
 
 from __future__ import annotations
 
-from crosstrain.methods.plans import rollouts
+from crosstrain.methods.plans import drop_equal_rewards, rollouts
 from crosstrain.methods.registry import method
-from crosstrain.objective.advantages import leave_one_out, ones, raw_reward
-from crosstrain.objective.terms import by, nll, reinforce_loss, surrogate, token_sum
-from crosstrain.types import Group, Method, Per, Source, State
+from crosstrain.objective.advantages import leave_one_out, ones, positive_reward, raw_reward
+from crosstrain.objective.denominators import old
+from crosstrain.objective.gates import ppo_clip
+from crosstrain.objective.terms import by, nll, ppo_loss, reinforce_loss, surrogate, token_sum
+from crosstrain.types import Group, Method, Per, Source, State, Updates
 
 
 @method(paper="doi:10.1007/BF00992696", family="reinforcement learning")
@@ -51,3 +53,38 @@ def raft(num_generations: int = 4, threshold: float = 0.0) -> Method:
 
     term = nll("kept", on=by(Source.POLICY), per=Per(("own_tokens",)))
     return Method(terms=(term,), plan=rollouts(num_generations), select=keep_right, advantage=ones)
+
+
+@method(paper="arXiv:2504.11343", family="rejection sampling")
+def raft_pp(num_generations: int = 4, epsilon: float = 0.2, num_iterations: int = 1, minibatches: int = 4) -> Method:
+    """RAFT++: RAFT with PPO's ratio and clip, for more than one optimizer step per batch.
+
+    Loss (logged): -sum_t min(A r, A clip(r, 1 - epsilon, 1 + epsilon)) / N over all tokens of the step, A = max(R, 0),
+    r = pi / pi_old. Weight on grad log pi: A r / N where r <= 1 + epsilon, else 0. With one optimizer step and rewards of 0 and 1,
+    the direction of `raft`.
+    """
+    term = surrogate(
+        "kept",
+        on=by(Source.POLICY),
+        per=Per(("own_tokens",)),
+        denominator=old,
+        gate=ppo_clip(epsilon, epsilon),
+        logged=ppo_loss(old, epsilon, epsilon),
+        needs=frozenset({"old_logp"}),
+        describe="max(-A r, -A clip(r)), r = pi / old, A = max(R, 0)",
+    )
+    updates = Updates(num_iterations, minibatches)
+    return Method(terms=(term,), plan=rollouts(num_generations), advantage=positive_reward, updates=updates)
+
+
+@method(paper="arXiv:2504.11343", family="rejection sampling")
+def reinforce_rej(num_generations: int = 4) -> Method:
+    """Reinforce-Rej: REINFORCE on prompts that are neither always right nor always wrong.
+
+    Loss (logged): -sum_t R log pi(y_t) / N over all tokens of kept groups; a group whose rewards are all equal is dropped. Weight
+    on grad log pi: R / N. The paper's rewards are 1 and -1: with 0 for a wrong answer only right ones are trained on.
+    """
+    term = surrogate(
+        "rl", on=by(Source.POLICY), per=Per(("own_tokens",)), logged=reinforce_loss(token_sum), describe="-R log pi"
+    )
+    return Method(terms=(term,), plan=rollouts(num_generations), select=drop_equal_rewards, advantage=raw_reward)

@@ -1,7 +1,8 @@
-"""What a sample's probability is divided by, as log-probs without gradient: `(logp, batch) -> log_den [B, T]`.
+"""What a sample's probability is divided by, as log-probs without gradient: `(logp, batch, on) -> log_den [B, T]`.
 
 The importance ratio of a token is exp(logp - log_den). The Unified Policy Gradient Estimator (arXiv:2509.04419) calls this
-the reference policy; here `ref_logp` only ever means the frozen KL reference.
+the reference policy; here `ref_logp` only ever means the frozen KL reference. on: the term's own tokens, outside of which logp and
+columns are 0.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from torch import Tensor
 
 from crosstrain.types import Batch
 
-Denominator = Callable[[Tensor, Batch], Tensor]
+Denominator = Callable[[Tensor, Batch, Tensor], Tensor]
 
 
-def current(logp: Tensor, batch: Batch) -> Tensor:
+def current(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     """The policy itself: ratio 1, weight A (SFT, REINFORCE)."""
     return logp.detach()
 
 
-def old(logp: Tensor, batch: Batch) -> Tensor:
+def old(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     """The policy at the start of the batch's inner updates: the PPO ratio.
 
     With one update per batch the column does not exist and old is the current policy, exactly; the sampler's own log-probs
@@ -31,7 +32,7 @@ def old(logp: Tensor, batch: Batch) -> Tensor:
     return batch.columns.get("old_logp", logp).detach()
 
 
-def one(logp: Tensor, batch: Batch) -> Tensor:
+def one(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     """Density 1, for data whose author is unknown: ratio and weight are pi (DFT, arXiv:2508.05629)."""
     return torch.zeros_like(logp)
 
@@ -44,13 +45,82 @@ def shaped(gamma: float = 0.1) -> Denominator:
 
     >>> import torch
     >>> logp = torch.log(torch.tensor([0.1, 0.9]))
-    >>> [round(w, 4) for w in torch.exp(logp - shaped(0.1)(logp, None)).tolist()]
+    >>> [round(w, 4) for w in torch.exp(logp - shaped(0.1)(logp, None, None)).tolist()]
     [0.25, 0.09]
     """
     if gamma <= 0:
         raise ValueError(f"shaped: got gamma={gamma}; it must be positive")
 
-    def log_den(logp: Tensor, batch: Batch) -> Tensor:
+    def log_den(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         return 2 * torch.log(torch.exp(logp.detach()) + gamma) - math.log(gamma)
 
     return log_den
+
+
+def uncertain(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
+    """1 / (1 - p): weight p (1 - p), largest at p = 1/2 (CHORD-phi, arXiv:2508.11408).
+
+    >>> import torch
+    >>> logp = torch.log(torch.tensor([0.5, 0.9]))
+    >>> [round(w, 4) for w in torch.exp(logp - uncertain(logp, None, None)).tolist()]
+    [0.25, 0.09]
+    """
+    # 1 - p from its log-prob: the difference of rounded numbers would lose it; a p of 1 has weight 0
+    return -torch.log(-torch.expm1(logp.detach()))
+
+
+def floored(lowest: float = 0.1) -> Denominator:
+    """max(p, lowest): weight 1 for likely tokens and p / lowest for others (TrSFT of TRAPO, arXiv:2512.17636)."""
+    if not 0 < lowest <= 1:
+        raise ValueError(f"floored: got lowest={lowest}; it must be in (0, 1]")
+
+    def log_den(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
+        return logp.detach().clamp(min=math.log(lowest))
+
+    return log_den
+
+
+def mixture(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
+    """(pi_old + w) / 2 with w = (pi_old + 1) / 2: the old policy mixed with a uniform one whose density is taken as 1 (RL-PLUS,
+    arXiv:2508.00222)."""
+    p = old(logp, batch, on).exp()
+    return torch.log((p + (p + 1) / 2) / 2)
+
+
+def sequence(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
+    """pi / s with s = exp(mean over the sequence of log(pi / old)): every token's ratio is s (GSPO, arXiv:2507.18071)."""
+    return logp.detach() - _mean(logp.detach() - old(logp, batch, on), on)
+
+
+def clipped_sequence(low: float, high: float) -> Denominator:
+    """pi / rho with rho = exp(mean over the sequence of the clipped log(pi / old)): every token's ratio is rho.
+
+    Clipped as PPO clips, on one side by the advantage's sign: at most `high` for A > 0, at least -`low` for A < 0. GMPO,
+    arXiv:2507.20673.
+    """
+
+    def log_den(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
+        moved = logp.detach() - old(logp, batch, on)
+        clipped = torch.where(batch.advantage > 0, moved.clamp(max=high), moved.clamp(min=-low))
+        return logp.detach() - _mean(torch.where(batch.advantage == 0, moved, clipped), on)
+
+    return log_den
+
+
+def capped(low: float | None, high: float) -> Denominator:
+    """pi / r' with r' = pi / old brought into [low, high] (None: no lower bound): the ratio is cut but never closes a token (CISPO,
+    arXiv:2506.13585)."""
+    if high <= 0 or (low is not None and not 0 <= low < high):
+        raise ValueError(f"capped: got low={low}, high={high}; high must be positive and low below it")
+
+    def log_den(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
+        moved = logp.detach() - old(logp, batch, on)
+        return logp.detach() - moved.clamp(min=None if not low else math.log(low), max=math.log(high))
+
+    return log_den
+
+
+def _mean(values: Tensor, on: Tensor) -> Tensor:
+    """[B, 1]: the mean over each row's own tokens, 0 for a row without."""
+    inside = torch.where(on, values, torch.zeros_like(values))
+    return inside.sum(dim=1, keepdim=True) / on.sum(dim=1, keepdim=True).clamp(min=1)

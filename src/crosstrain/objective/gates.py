@@ -1,4 +1,7 @@
-"""Which tokens let the gradient through: `(ratio, advantage) -> [B, T]` numbers in [0, 1], without gradient."""
+"""How much of a token's gradient gets through: `(ratio, logp, batch, on) -> [B, T]`, without gradient.
+
+ratio: exp(logp - log_den) of the term's denominator, [B, T]. on: the term's own tokens, outside of which all of it is 0.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +10,75 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Gate = Callable[[Tensor, Tensor], Tensor]
+from crosstrain.objective.denominators import old
+from crosstrain.types import Batch
+
+Gate = Callable[[Tensor, Tensor, Batch, Tensor], Tensor]
 
 
-def always(ratio: Tensor, advantage: Tensor) -> Tensor:
+def always(ratio: Tensor, logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     """1 everywhere."""
     return torch.ones_like(ratio)
 
 
-def ppo_clip(low: float = 0.2, high: float = 0.2) -> Gate:
+def ppo_clip(low: float = 0.2, high: float = 0.2, dual: float | None = None) -> Gate:
     """1 where PPO's clipped objective would let the gradient through, else 0.
 
     Closed when the step went far enough already: A > 0 and ratio > 1 + high, or A < 0 and ratio < 1 - low. At the bound
     itself it is open. Schulman et al. 2017 (arXiv:1707.06347) eq. 7, as a gate on the gradient rather than a min on the loss;
-    separate bounds from DAPO (arXiv:2503.14476).
+    separate bounds from DAPO (arXiv:2503.14476). dual: also closed for A < 0 and ratio > dual, which bounds the loss by -dual A
+    (dual clip, arXiv:1912.09729).
 
     >>> import torch
-    >>> ppo_clip()(torch.tensor([1.3, 1.3, 0.7]), torch.tensor([1.0, -1.0, -1.0])).tolist()
+    >>> from crosstrain.testing import tiny_batch
+    >>> from crosstrain.training.batching import with_advantage
+    >>> batch = with_advantage(tiny_batch([1.0, 0.0, 0.0], [0, 0, 0], tokens=1), torch.tensor([1.0, -1.0, -1.0]))
+    >>> ratio = torch.tensor([[1.0, 1.3], [1.0, 1.3], [1.0, 0.7]])
+    >>> ppo_clip()(ratio, ratio.log(), batch, batch.trained)[:, 1].tolist()
     [0.0, 1.0, 0.0]
     """
     if not 0 < low < 1 or high <= 0:
         raise ValueError(f"ppo_clip: got low={low}, high={high}; low must be in (0, 1) and high positive")
+    if dual is not None and dual <= 1 + high:
+        raise ValueError(f"ppo_clip: got dual={dual}; it must be above 1 + high = {1 + high:g}, or None for no dual clip")
 
-    def gate(ratio: Tensor, advantage: Tensor) -> Tensor:
-        too_high = (advantage > 0) & (ratio > 1 + high)
-        too_low = (advantage < 0) & (ratio < 1 - low)
-        return (~(too_high | too_low)).to(ratio.dtype)
+    def gate(ratio: Tensor, logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
+        too_high = (batch.advantage > 0) & (ratio > 1 + high)
+        too_low = (batch.advantage < 0) & (ratio < 1 - low)
+        closed = too_high | too_low
+        if dual is not None:
+            closed |= (batch.advantage < 0) & (ratio > dual)
+        return (~closed).to(ratio.dtype)
+
+    return gate
+
+
+def token_clip(low: float, high: float) -> Gate:
+    """As `ppo_clip`, of the token's own ratio pi / old whatever the term's denominator is, with bounds on its logarithm: closed for
+    A > 0 and log r > high, or A < 0 and log r < -low (GMPO, arXiv:2507.20673)."""
+    if low <= 0 or high <= 0:
+        raise ValueError(f"token_clip: got low={low}, high={high}; both must be positive")
+
+    def gate(ratio: Tensor, logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
+        moved = torch.where(on, logp - old(logp, batch, on), torch.zeros_like(logp))
+        closed = ((batch.advantage > 0) & (moved > high)) | ((batch.advantage < 0) & (moved < -low))
+        return (~closed).to(ratio.dtype)
+
+    return gate
+
+
+def soft(positive: float = 1.0, negative: float = 1.05) -> Gate:
+    """4 s (1 - s), s = sigmoid(tau (ratio - 1)): 1 at ratio 1 and falling on both sides, in place of a clip.
+
+    tau is `positive` where the advantage is positive, else `negative`. The derivative of (4 / tau) sigmoid(tau (ratio - 1)) by the
+    ratio. SAPO, arXiv:2511.20347.
+    """
+    if positive <= 0 or negative <= 0:
+        raise ValueError(f"soft: got positive={positive}, negative={negative}; both must be positive")
+
+    def gate(ratio: Tensor, logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
+        tau = (batch.advantage > 0).to(ratio.dtype) * (positive - negative) + negative
+        s = torch.sigmoid(tau * (ratio - 1))
+        return 4 * s * (1 - s)
 
     return gate

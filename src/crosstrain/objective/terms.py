@@ -75,25 +75,30 @@ def surrogate(
     """
 
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-        log_den = denominator(scores.logp.detach(), batch).detach()
+        log_den = denominator(scores.logp.detach(), batch, on).detach()
         ratio = torch.exp(torch.where(on, scores.logp - log_den, torch.zeros_like(scores.logp)))
-        advantage = batch.advantage.detach()
-        return -gate(ratio.detach(), advantage).detach() * ratio * advantage * normalise(on, batch)
+        opened = gate(ratio.detach(), scores.logp.detach(), batch, on).detach()
+        return -opened * ratio * batch.advantage.detach() * normalise(on, batch)
 
     return Term(name, value, on, per, coef, unit, needs, logged, describe)
 
 
-def ppo_loss(denominator: Denominator, low: float, high: float, normalise: Normalise = token_sum) -> Value:
-    """PPO's published loss max(-A r, -A clip(r, 1 - low, 1 + high)) per token, [B, T], to be logged.
+def ppo_loss(
+    denominator: Denominator, low: float, high: float, normalise: Normalise = token_sum, dual: float | None = None
+) -> Value:
+    """PPO's published loss max(-A r, -A clip(r, 1 - low, 1 + high)) per token, [B, T], to be logged; with `dual`, at most -dual A
+    for A < 0.
 
-    Its gradient equals that of `surrogate` with `ppo_clip(low, high)`; a test holds them together.
+    Its gradient equals that of `surrogate` with `ppo_clip(low, high, dual)`; a test holds them together.
     """
 
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-        log_den = denominator(scores.logp.detach(), batch).detach()
+        log_den = denominator(scores.logp.detach(), batch, on).detach()
         ratio = torch.exp(torch.where(on, scores.logp - log_den, torch.zeros_like(scores.logp)))
         advantage = batch.advantage
         loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
+        if dual is not None:
+            loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * dual), loss)
         return loss * normalise(on, batch)
 
     return value
@@ -106,6 +111,15 @@ def reinforce_loss(normalise: Normalise = token_sum) -> Value:
         return -batch.advantage * scores.logp * normalise(on, batch)
 
     return value
+
+
+def entropy_bonus(name: str, *, on: On, per: Per, normalise: Normalise = token_sum, coef: float = 0.001) -> Term:
+    """-H per token, [B, T], with H the entropy of the next-token distribution in nats: keeps the policy from narrowing."""
+
+    def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
+        return -scores.channels["entropy"] * normalise(on, batch)
+
+    return Term(name, value, on, per, coef, needs=frozenset({"entropy"}), describe="-H")
 
 
 def nll(
@@ -155,6 +169,25 @@ def kl(
     return Term(name, value, on, per, coef, needs=frozenset({"ref_logp"}), describe=f"{estimator} of log pi - log ref")
 
 
+def pairwise(
+    name: str,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    *,
+    on: On,
+    reference: bool = True,
+    average: bool = False,
+    coef: float | Schedule = 1.0,
+    describe: str = "",
+) -> Term:
+    """A loss of preference pairs, [P]: `loss(chosen [P], rejected [P])` of what `pair_scores` gives each answer."""
+
+    def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
+        return loss(*pair_scores(scores, batch, on, reference=reference, average=average))
+
+    needs = frozenset({"ref_logp"}) if reference else frozenset()
+    return Term(name, value, on, Per(("pairs",)), coef, unit="group", needs=needs, describe=describe)
+
+
 def pairwise_logistic(name: str, *, beta: float, label_smoothing: float = 0.0, on: On, coef: float | Schedule = 1.0) -> Term:
     """DPO's loss per preference pair, [P]: -(1 - e) log sigmoid(beta D) - e log sigmoid(-beta D).
 
@@ -163,24 +196,22 @@ def pairwise_logistic(name: str, *, beta: float, label_smoothing: float = 0.0, o
     DPO, arXiv:2305.18290, eq. 7.
     """
 
-    def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-        margin = pair_margin(scores, batch)
-        return -(1 - label_smoothing) * F.logsigmoid(beta * margin) - label_smoothing * F.logsigmoid(-beta * margin)
+    def loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+        margin = beta * (chosen - rejected)
+        return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
-    return Term(
-        name,
-        value,
-        on,
-        Per(("pairs",)),
-        coef,
-        unit="group",
-        needs=frozenset({"ref_logp"}),
-        describe=f"-log sigmoid({beta:g} (d_chosen - d_rejected)), d = sum of log pi - log ref",
-    )
+    describe = f"-log sigmoid({beta:g} (d_chosen - d_rejected)), d = sum of log pi - log ref"
+    return pairwise(name, loss, on=on, coef=coef, describe=describe)
 
 
-def pair_margin(scores: Scores, batch: Batch) -> Tensor:
-    """[P]: how much more the policy moved toward the better answer than toward the worse, in nats, against the reference."""
-    moved = (scores.logp - batch.columns["ref_logp"]).sum(dim=1)
+def pair_scores(
+    scores: Scores, batch: Batch, on: Tensor, *, reference: bool = True, average: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Of each pair's better and worse answer, [P] each: the sum over its tokens of logp, less ref_logp with `reference`, in nats;
+    with `average` the mean over its tokens."""
+    moved = scores.logp - batch.columns["ref_logp"] if reference else scores.logp
+    totals = torch.where(on, moved, torch.zeros_like(moved)).sum(dim=1)
+    if average:
+        totals = totals / on.sum(dim=1).clamp(min=1)
     better, worse = batch.pairs()
-    return moved[better] - moved[worse]
+    return totals[better], totals[worse]

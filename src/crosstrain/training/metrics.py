@@ -108,11 +108,11 @@ class Meter:
         self._add("clipped_tokens", float((live & (weights == 0)).sum()))
 
     def add_pairs(self, batch: Batch, logp: Tensor, used: Tensor, beta: float) -> None:
-        """DPO's rewards: beta times how far each answer moved from the reference."""
+        """DPO's rewards: beta times how far each answer's log-prob moved from the reference, or without one the log-prob itself."""
         better, worse = batch.pairs()
         totals = torch.where(used, logp, torch.zeros_like(logp)).sum(dim=1)
-        reference = torch.where(used, batch.columns["ref_logp"], torch.zeros_like(logp)).sum(dim=1)
-        reward = beta * (totals - reference)
+        known = batch.columns.get("ref_logp", torch.zeros_like(logp))
+        reward = beta * (totals - torch.where(used, known, torch.zeros_like(logp)).sum(dim=1))
         self._add("pairs", float(len(better)))
         self._add("rewards/chosen", float(reward[better].sum()))
         self._add("rewards/rejected", float(reward[worse].sum()))

@@ -1,0 +1,113 @@
+"""Preference optimisation without a reference model: SimPO, CPO, ORPO."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from crosstrain.methods.plans import preference_pairs
+from crosstrain.methods.registry import method
+from crosstrain.objective.terms import best_by, by, nll, pairwise, seq_mean, token_sum
+from crosstrain.types import Method, Per, Source
+
+
+@method(paper="arXiv:2405.14734", family="preference")
+def simpo(beta: float = 2.0, gamma: float = 1.0) -> Method:
+    """SimPO: mean log-probs in place of a reference, and a margin.
+
+    Loss: mean over pairs of -log sigmoid(beta (l_chosen - l_rejected) - gamma), l the mean over an answer's tokens of log pi.
+    Weight on grad log pi: +- beta sigmoid(gamma - beta (l_chosen - l_rejected)) / (T N_pairs) on the tokens of an answer.
+
+    beta: 2 to 2.5 in the paper, 10 in its authors' later runs. gamma: 0.3 to 0.5 of beta there; it is the margin itself, as in the
+    paper, and not its ratio to beta.
+    """
+    _positive(beta=beta)
+    if gamma < 0:
+        raise ValueError(f"gamma: got {gamma}; it must be 0 or positive")
+
+    def loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+        return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+
+    term = pairwise(
+        "simpo",
+        loss,
+        on=by(Source.EXPERT),
+        reference=False,
+        average=True,
+        describe=f"-log sigmoid({beta:g} (l_chosen - l_rejected) - {gamma:g}), l = mean of log pi",
+    )
+    return Method(terms=(term,), plan=preference_pairs())
+
+
+@method(paper="arXiv:2401.08417", family="preference")
+def cpo(beta: float = 0.1, nll_coef: float = 1.0) -> Method:
+    """CPO: DPO with a uniform reference, and the chosen answer's likelihood.
+
+    Loss: mean over pairs of -log sigmoid(beta (s_chosen - s_rejected)), s the sum over an answer's tokens of log pi, plus nll_coef
+    times the mean over all tokens of chosen answers of -log pi. Weight on grad log pi: +- beta sigmoid(-beta (s_chosen -
+    s_rejected)) / N_pairs, and nll_coef / N_chosen_tokens on chosen tokens.
+    """
+    _positive(beta=beta)
+
+    def loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+        return -F.logsigmoid(beta * (chosen - rejected))
+
+    terms = [
+        pairwise(
+            "cpo",
+            loss,
+            on=by(Source.EXPERT),
+            reference=False,
+            describe=f"-log sigmoid({beta:g} (s_chosen - s_rejected)), s = sum of log pi",
+        )
+    ]
+    if nll_coef > 0:
+        terms.append(
+            nll("chosen", on=best_by(Source.EXPERT), per=Per(("own_tokens",)), normalise=token_sum, coef=nll_coef, unit="group")
+        )
+    return Method(terms=tuple(terms), plan=preference_pairs())
+
+
+@method(paper="arXiv:2403.07691", family="preference")
+def orpo(beta: float = 0.1) -> Method:
+    """ORPO: imitate the chosen answer, and raise its odds against the rejected one's, in one loss.
+
+    Loss: mean over pairs of -l_chosen - beta log sigmoid(log odds(chosen) - log odds(rejected)), l the mean over an answer's tokens
+    of log pi and odds = e^l / (1 - e^l). Weight on grad log pi, chosen: (1 + beta s / (1 - e^l)) / (T N_pairs); rejected:
+    -beta s / ((1 - e^l) T N_pairs), with s = sigmoid(-log odds ratio).
+
+    beta: the paper's lambda (TRL's name). The likelihood is that of the answer; the authors' code has the prompt's in it too unless
+    told otherwise (`--disable_prompt_loss`), which is not offered here: prompts are not trained on.
+    """
+    _positive(beta=beta)
+
+    def loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+        return -F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+
+    return Method(
+        terms=(
+            nll("chosen", on=best_by(Source.EXPERT), per=Per(("pairs",)), normalise=seq_mean, unit="group"),
+            pairwise(
+                "odds",
+                loss,
+                on=by(Source.EXPERT),
+                reference=False,
+                average=True,
+                coef=beta,
+                describe="-log sigmoid(log odds(chosen) - log odds(rejected)), odds = e^l / (1 - e^l), l = mean of log pi",
+            ),
+        ),
+        plan=preference_pairs(),
+    )
+
+
+def _log_odds(mean: Tensor) -> Tensor:
+    """log(e^l / (1 - e^l)) of l < 0, [P]."""
+    return mean - torch.log(-torch.expm1(mean))
+
+
+def _positive(**settings: float) -> None:
+    for name, value in settings.items():
+        if value <= 0:
+            raise ValueError(f"{name}: got {value}; it must be positive")

@@ -1,0 +1,91 @@
+"""Supervised fine-tuning with a trust region or importance weights: PSFT and iw-SFT."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from crosstrain.methods.plans import demonstrations
+from crosstrain.methods.registry import method
+from crosstrain.objective.advantages import ones
+from crosstrain.objective.denominators import Denominator, old
+from crosstrain.objective.gates import ppo_clip
+from crosstrain.objective.terms import by, ppo_loss, surrogate
+from crosstrain.types import Batch, Method, Per, Scores, Source, Updates
+
+
+@method(paper="arXiv:2508.17784", family="supervised")
+def psft(epsilon: float = 0.2, epsilon_high: float = 0.28, num_iterations: int = 1, minibatches: int = 8) -> Method:
+    """PSFT (proximal SFT): PPO with an advantage of 1 on the demonstrations' tokens.
+
+    Loss (logged): -sum_t min(r, clip(r, 1 - epsilon, 1 + epsilon_high)) / N over all supervised tokens, r = pi / pi_old, pi_old the
+    policy at the start of the batch. Weight on grad log pi: r / N where r <= 1 + epsilon_high, else 0; the lower bound never acts.
+
+    minibatches: the paper's 64 examples in eight optimizer steps. With one, r = 1 and this is `sft`.
+    """
+    term = surrogate(
+        "demo",
+        on=by(Source.EXPERT),
+        per=Per(("own_tokens",)),
+        denominator=old,
+        gate=ppo_clip(epsilon, epsilon_high),
+        logged=ppo_loss(old, epsilon, epsilon_high),
+        needs=frozenset({"old_logp"}),
+        describe="-min(r, clip(r)), r = pi / old",
+    )
+    return Method(terms=(term,), plan=demonstrations(), advantage=ones, updates=Updates(num_iterations, minibatches))
+
+
+@method(paper="arXiv:2507.12856", family="supervised")
+def iw_sft(
+    weight: Literal["sequence", "mean", "token"] = "sequence", temperature: float = 1.0, highest: float = 16.0
+) -> Method:
+    """iw-SFT: demonstrations that the policy has come to like better than its start count more.
+
+    Loss (logged): -sum_t sg(w) log pi(y_t) / N over all supervised tokens, with d = log pi - log ref and, for each demonstration,
+        sequence    w = exp(temperature sum_t d), the paper's ratio of trajectories
+        mean        w = exp(temperature mean_t d), what the authors' code computes
+        token       w = exp(temperature d) of each token, within [0.2, 1.8] (a variant in the authors' code)
+    the first two at most `highest` (16 in the authors' code). Weight on grad log pi: w / N. The reference is the model that the
+    stage started from, so that the first step is `sft`.
+    """
+    if weight not in ("sequence", "mean", "token"):
+        raise ValueError(f"weight: got {weight!r}; allowed: sequence, mean, token")
+    if temperature <= 0 or highest <= 0:
+        raise ValueError(f"got temperature={temperature}, highest={highest}; both must be positive")
+    den = _reweighted(weight, temperature, highest)
+
+    def published(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
+        logp = scores.logp.detach()
+        return -(logp - den(logp, batch, on)).exp() * scores.logp
+
+    term = surrogate(
+        "demo",
+        on=by(Source.EXPERT),
+        per=Per(("own_tokens",)),
+        denominator=den,
+        unit="sequence",
+        logged=published,
+        needs=frozenset({"ref_logp"}),
+        describe=f"-sg(w) log pi, w = exp({weight} of log pi - log ref)",
+    )
+    return Method(terms=(term,), plan=demonstrations(), advantage=ones, reference="stage_start")
+
+
+def _reweighted(weight: str, temperature: float, highest: float) -> Denominator:
+    """pi / w: every token's ratio is w."""
+
+    def log_den(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
+        d = torch.where(on, logp.detach() - batch.columns["ref_logp"], torch.zeros_like(logp))
+        if weight == "token":
+            log_w = (temperature * d).clamp(math.log(0.2), math.log(1.8))
+        else:
+            total = d.sum(dim=1, keepdim=True)
+            mean = total / on.sum(dim=1, keepdim=True).clamp(min=1)
+            log_w = (temperature * (total if weight == "sequence" else mean)).clamp(max=math.log(highest))
+        return logp.detach() - log_w
+
+    return log_den
