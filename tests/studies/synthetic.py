@@ -44,7 +44,10 @@ def write_study(
     arms: Sequence[str] | None = None,
 ) -> StudySpec:
     """Fill `folder` with a study of the bundled example's arms; runs in `fail` have failed. Returns its spec."""
-    spec = load_study(EXAMPLE, [f"shared.evaluation.out_of_distribution.{i}.size=24" for i in range(4)])
+    sizes = {"out_of_distribution": 24, "in_distribution": 64}
+    overrides = [f"shared.evaluation.{k}.{i}.size={n}" for k, n in sizes.items() for i in range(4 if n == 24 else 2)]
+    more = ["shared.evaluation.samples_per_question=8", "shared.evaluation.pass_at_k=[1,2,4]"]
+    spec = load_study(EXAMPLE, [*overrides, *more, "shared.evaluation.forgetting_questions=null"])
     kept = [arm for arm in spec.arms if arms is None or arm.name in arms]
     spec = spec.model_copy(update={"seeds": list(seeds), "arms": kept})
     rng = np.random.default_rng(7)
