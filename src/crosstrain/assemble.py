@@ -136,7 +136,7 @@ def check_data(method: Method, loaded: Loaded) -> None:
                 f"method {method.name} draws from a data stream {name!r}; the recipe has {', '.join(loaded.streams)}. A file is "
                 f"given as `data: {{{name}: FILE}}`"
             )
-        needs, examples = method.plan.needs_expert, loaded.streams[name].examples
+        needs, examples = method.plan.brings(name), loaded.streams[name].examples
         what = {"demonstration": "a demonstration (`completion`)", "pair": "`chosen` and `rejected`", "label": "`label`"}
         lacking = [e.where or e.id for e in examples if needs is not None and not _brings(e, needs)]
         if lacking and needs is not None:

@@ -52,7 +52,7 @@ class Trajectory:
     behaviour_logp: log-prob in nats of each token under the policy that sampled it, NaN where unknown; empty means unknown
         everywhere.
     policy_version: the optimizer step of the sampling weights; -1 when not ours.
-    finished: False for a completion cut at the token limit.
+    finished: False for a completion cut at the token limit. greedy: the most likely token was taken everywhere (ReMax's baseline).
     contexts: other prompts for the same response, by name (self-distillation reads a second one).
 
     >>> t = Trajectory(tokens=(5, 6, 7), source=(Source.PROMPT, Source.EXPERT, Source.EXPERT))
@@ -67,6 +67,7 @@ class Trajectory:
     behaviour_logp: tuple[float, ...] = ()
     policy_version: int = -1
     finished: bool = True
+    greedy: bool = False
     contexts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -172,7 +173,8 @@ class Plan:
     next: the completions to ask for, given the group so far; asked again after each round until it returns nothing. One round
         for GRPO, several for TRAPO, BREAD and STaR. Rounds are batched across examples.
     samples: whether `next` ever asks for anything (a plan that does needs a sampler and a reward).
-    needs_expert: what the row must bring: "demonstration", "pair", "label" or nothing.
+    needs_expert: what the row must bring: "demonstration", "pair", "label" or nothing. expert_streams: the streams whose rows must
+        bring it; None for all.
     max_draws: how often a step may draw further examples to replace groups that `select` dropped (DAPO's dynamic sampling).
     """
 
@@ -181,7 +183,12 @@ class Plan:
     next: Callable[[Group, State], Sequence[Request]] = _ask_nothing
     samples: bool = False
     needs_expert: Literal["demonstration", "pair", "label"] | None = None
+    expert_streams: frozenset[str] | None = None
     max_draws: int = 1
+
+    def brings(self, stream: str) -> Literal["demonstration", "pair", "label"] | None:
+        """What the rows of a stream must bring."""
+        return self.needs_expert if self.expert_streams is None or stream in self.expert_streams else None
 
 
 @dataclass(frozen=True)
@@ -198,7 +205,7 @@ class Batch:
     example_ids: B names for messages.
     prompt_length: [B] int64, tokens that all rows of a group share at their start (what may be computed once).
     length: [B] int64, tokens of each row without padding.
-    step: optimizer steps taken before this one, for schedules.
+    step: optimizer steps taken before this one, for schedules. seed: the run's, for random numbers inside a method.
     """
 
     tokens: Tensor
@@ -213,6 +220,7 @@ class Batch:
     prompt_length: Tensor
     length: Tensor
     step: int = 0
+    seed: int = 0
 
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
@@ -289,6 +297,9 @@ class Scores:
     computed_tokens: int = 0
     computed_predictions: int = 0
 
+
+Channel = Callable[[Tensor, Tensor], Tensor]
+"""A full-vocabulary functional: (logits [M, V] in at least fp32, targets [M]) -> [M], with gradient."""
 
 On = Callable[[Batch], Tensor]
 """Which entries a term is on: [B, T] bool, a function of the data only."""
@@ -395,12 +406,14 @@ class Method:
     terms: the objective.
     plan: what to collect.
     select: what to keep of a group once its rewards are known (None drops it).
-    advantage: credit from rewards and columns, [B] or [B, T], no gradient.
+    advantage: credit from rewards and columns, [B] or [B, T], no gradient. credits: whether a row's credit depends on its group
+        alone, or on the whole step (REINFORCE++ divides by a standard deviation over all of it).
     updates: inner updates per collected batch.
     init, update: explicit state and how a step's logged metrics change it.
     reference: which weights `ref_logp` comes from: those the run or the stage started with.
     columns: builders of further no-gradient columns by name, `(score, batch) -> [B, T] or [B]`, where `score(batch)` gives the
-        current policy's Scores without gradient (KTO's mismatched pairs, SDFT's second prompt).
+        current policy's Scores without gradient, its `entropy` among them (KTO's mismatched pairs, SDFT's second prompt).
+    channels: full-vocabulary functionals of its own by name, computed inside the head, chunk by chunk, with gradient (GEM).
     embed: changes the input embeddings in training, `(embeddings [N, L, D], batch) -> same` (NEFTune).
     grad_mask: parameters to leave alone at a step, by state (MIFO).
     probes: quantities to measure at every step and hand to `update`: `grad_norm/<term>`, the norm of that term's gradient alone.
@@ -411,11 +424,13 @@ class Method:
     plan: Plan = field(default_factory=Plan)
     select: Callable[[Group, State], Group | None] = keep
     advantage: Callable[[Batch], Tensor] = _no_advantage
+    credits: Literal["group", "step"] = "group"
     updates: Updates = field(default_factory=Updates)
     init: Callable[[], State] = _no_state
     update: Callable[[State, Mapping[str, float]], State] = _same_state
     reference: Literal["base", "stage_start"] = "base"
     columns: Mapping[str, Callable[[Callable[[Batch], Scores], Batch], Tensor]] = field(default_factory=dict)
+    channels: Mapping[str, Channel] = field(default_factory=dict)
     embed: Callable[[Tensor, Batch], Tensor] | None = None
     grad_mask: Callable[[State], Callable[[str], bool]] | None = None
     probes: tuple[str, ...] = ()

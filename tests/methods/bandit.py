@@ -54,6 +54,11 @@ class Bandit:
         """Four tokens, all of which must be right."""
         return Bandit(LONG, tuple(answer[::-1] for answer in LONG))
 
+    @staticmethod
+    def ending() -> Bandit:
+        """The same three tokens, after which the answer has to end: what goes on from a part of it can be right."""
+        return Bandit(tuple((*answer[:3], END) for answer in LONG), tuple(answer[::-1] for answer in LONG))
+
     def success(self, model: Any) -> list[float]:
         """The probability of the right answer, for each prompt."""
         return [probability(model, p, a) for p, a in zip(PROMPTS, self.right, strict=False)]
@@ -105,7 +110,7 @@ def learn(method: Method, model: Any, bandit: Bandit, *, steps: int, seed: int =
         parameters=1,
         layout="shared",
         device=torch.device("cpu"),
-        streams={"train": _Cycle(bandit.examples(method.plan.needs_expert))},
+        streams={name: _Cycle(bandit.examples(method.plan.brings(name))) for name in method.plan.streams(method.init())},
         sampler=TorchSampler(model, stop_token_ids=(END,)),
         sampling=Sampling(max_completion_length=len(bandit.right[0])),
         rewards=bandit.rewards,

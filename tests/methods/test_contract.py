@@ -29,6 +29,14 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("luffy", {"baseline": "code"}),
     ("luffy", {"num_iterations": 2}),
     ("hpt", {"gate": 2}),
+    ("sft", {"label_smoothing": 0.1, "neftune_noise_alpha": 5.0}),
+    ("gem", {"h": "linear"}),
+    ("superrl", {"trigger": "advantages", "num_iterations": 2}),
+    ("reinforce_pp_baseline", {"beta": 0.1}),
+    ("nft", {"weight": "normalised", "constant": 16.0, "num_generations": 4}),
+    ("prefix_rft", {"max_completion_length": 8, "num_generations": 4}),
+    ("chord_mu", {"rollouts_from": "train", "demonstrations_from": "train"}),
+    ("chord_phi", {"rollouts_from": "train", "demonstrations_from": "train"}),
 ]
 
 

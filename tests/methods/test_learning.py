@@ -24,6 +24,13 @@ REINFORCED: list[tuple[str, dict[str, Any]]] = [
     ("sapo", {"minibatches": 2}),
     ("raft_pp", {"num_generations": 8, "minibatches": 2}),
     ("reinforce_rej", {"num_generations": 8}),
+    ("drop_dead", {}),
+    ("clip_cov", {"minibatches": 2}),
+    ("kl_cov", {"minibatches": 2, "ratio": 0.05}),
+    ("remax", {"num_generations": 8}),
+    ("reinforce_pp", {"num_generations": 8}),
+    ("reinforce_pp_baseline", {}),
+    ("nft", {"num_generations": 8, "minibatches": 2, "constant": 32.0}),
 ]
 
 
@@ -43,6 +50,9 @@ IMITATED: list[tuple[str, dict[str, Any]]] = [
     ("dft", {}),
     ("psft", {"minibatches": 2}),
     ("iw_sft", {}),
+    ("gem", {}),
+    ("otr", {}),
+    ("sft", {"label_smoothing": 0.02, "neftune_noise_alpha": 0.1}),
 ]
 
 
@@ -92,6 +102,35 @@ def test_grpo_stays_at_zero_where_sampling_never_finds_the_answer() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     metrics = learn(load_method("grpo", beta=0.0), model, Bandit.out_of_reach(), steps=8)
     assert {m["reward"] for m in metrics} == {0.0}
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+AIDED: list[tuple[str, dict[str, Any]]] = [
+    ("chord_mu", {}),
+    ("chord_phi", {"mu": 0.5}),
+    ("superrl", {}),
+    ("superrl", {"trigger": "advantages"}),
+    ("rl_plus", {}),
+    ("uft", {"hint_coef": 0.1, "hint_steps": 60}),
+    (
+        "prefix_rft",
+        {"num_generations": 4, "entropy_share": 1.0, "decay_steps": 200, "max_completion_length": 4, "minibatches": 1},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), AIDED, ids=str)
+def test_other_hybrids_learn_what_sampling_alone_does_not_find(name: str, settings: dict[str, Any]) -> None:
+    model, bandit = model_for(), Bandit.ending()
+    assert max(bandit.success(model)) < 1e-3
+    learn(load_method(name, **settings), model, bandit, steps=100)
+    assert min(bandit.success(model)) > 0.6
+
+
+def test_dropping_dead_prompts_alone_teaches_nothing_that_is_never_sampled() -> None:
+    model = model_for()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    learn(load_method("drop_dead"), model, Bandit.out_of_reach(), steps=4)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 

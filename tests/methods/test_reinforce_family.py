@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
-from worked import Line, agrees, answer, group, prepared, random_groups, random_logps, weights_of
+from worked import Line, Paper, agrees, answer, group, prepared, random_groups, random_logps, selected, weights_of
 
 from crosstrain.errors import UserError
 from crosstrain.methods import load_method
@@ -67,6 +69,39 @@ def test_reinforce_rej_by_hand() -> None:
     torch.testing.assert_close(found.weights, tensor([[1 / 4, 1 / 4, 1 / 4], [-1 / 4, 0, 0]]))
 
 
+def test_remax_by_hand() -> None:
+    """The greedy answer got 0.25: A is 0.75 and -0.25 over two completions; it is not trained on itself."""
+    method = load_method("remax", num_generations=2)
+    greedy = replace(answer("OO", 0.25), greedy=True)
+    batch = prepared(method, [group(answer("OOO", 1.0), answer("O", 0.0), greedy)])
+    logp = torch.cat([LOGP, LOGP[:1]])
+    found = weights_of(method, batch, logp)
+    assert found.logged == pytest.approx((0.75 * 6 - 0.25) * LN2 / 2)
+    torch.testing.assert_close(found.weights, tensor([[0.375] * 3, [-0.125, 0, 0], [0, 0, 0]]))
+    by_token = load_method("remax", average="tokens")
+    torch.testing.assert_close(weights_of(by_token, batch, logp).weights, found.weights * 2 / 4)
+    assert [(r.n, r.greedy) for r in method.plan.next(group(), {})] == [(2, False), (1, True)]
+    assert selected(method, [group(answer("O", 1.0)), group(greedy)]) == [], "no baseline, or nothing to compare with it"
+
+
+def test_reinforce_pp_by_hand() -> None:
+    """Rewards 1 on three tokens and 0 on one: mean 3/4, variance (3/16 x 1 + 9/16) / 3 = 1/4, so A is 1/2 and -3/2."""
+    method = load_method("reinforce_pp", num_iterations=2)
+    ratios = tensor([[1.0, 1.5, 0.5], [1.0, 1.0, 1.0]])
+    found = weights_of(method, prepared(method, ROLLOUTS, old_logp=LOGP - ratios.log()), LOGP)
+    torch.testing.assert_close(found.weights, tensor([[1 / 8, 0, 1 / 16], [-3 / 8, 0, 0]]), rtol=0, atol=1e-7)
+
+
+def test_reinforce_pp_baseline_centres_each_group_first() -> None:
+    """One group's rewards are 1 and 0, the other's 10 and 9: after centring both are +-1/2, and the std over four tokens
+    sqrt(1/3)."""
+    method = load_method("reinforce_pp_baseline")
+    groups = [group(answer("O", a), answer("O", b), name=str(a)) for a, b in ((1.0, 0.0), (10.0, 9.0))]
+    a = 0.5 / math.sqrt(1 / 3)
+    expected = torch.tensor([a, -a, a, -a], dtype=torch.float64)
+    torch.testing.assert_close(prepared(method, groups).advantage[:, 1], expected, rtol=0, atol=1e-7)
+
+
 def reinforce_paper(groups: list[list[Line]]) -> Tensor:
     """Williams 1992, averaged over completions."""
     lines = [line for g in groups for line in g]
@@ -90,6 +125,25 @@ def raft_paper(groups: list[list[Line]]) -> Tensor:
     return -sum(right) / len(right)
 
 
+def reinforce_pp_paper(centre: bool) -> Paper:
+    """arXiv:2501.03262 eq. 7 and 10: PPO's clipped loss with advantages normalised over all tokens of the step."""
+
+    def loss(groups: list[list[Line]]) -> Tensor:
+        tokens: list[tuple[Tensor, float, float]] = []
+        for g in groups:
+            mean = statistics.fmean(line.reward for line in g) if centre else 0.0
+            tokens += [(x, o, line.reward - mean) for line in g for x, o in zip(line.logp, line.old, strict=True)]
+        values = [b for _, _, b in tokens]
+        mean, std = statistics.fmean(values), statistics.stdev(values) + 1e-8
+        losses = []
+        for x, o, b in tokens:
+            r, a = (x - o).exp(), (b - mean) / std
+            losses.append(-torch.minimum(a * r, a * r.clamp(0.8, 1.2)))
+        return sum(losses) / len(losses)
+
+    return loss
+
+
 def raft_pp_paper(groups: list[list[Line]]) -> Tensor:
     """arXiv:2504.11343: PPO's clipped loss with max(R, 0) for an advantage, over all tokens."""
     lines = [line for g in groups for line in g]
@@ -108,6 +162,8 @@ def reinforce_rej_paper(groups: list[list[Line]]) -> Tensor:
 def test_second_implementations(seed: int) -> None:
     groups = random_groups(seed, own=4)
     agrees(load_method("raft_pp"), raft_pp_paper, groups, seed)
+    agrees(load_method("reinforce_pp", num_iterations=2), reinforce_pp_paper(centre=False), groups, seed)
+    agrees(load_method("reinforce_pp_baseline", num_iterations=2), reinforce_pp_paper(centre=True), groups, seed)
     agrees(load_method("reinforce_rej"), reinforce_rej_paper, groups, seed)
     agrees(load_method("reinforce"), reinforce_paper, groups, seed)
     agrees(load_method("rloo"), rloo_paper, groups, seed)

@@ -1,21 +1,52 @@
 """The methods: one file per method or close family, each a factory whose defaults are the published settings."""
 
-from crosstrain.methods import cispo, dpo, grpo, gspo, hpt, luffy, reinforce, sft, simpo, weighted_sft
+from crosstrain.methods import (
+    chord,
+    cispo,
+    covariance,
+    dpo,
+    gem,
+    grpo,
+    gspo,
+    hpt,
+    luffy,
+    nft,
+    prefix_rft,
+    reinforce,
+    reinforce_pp,
+    remax,
+    rl_plus,
+    sft,
+    simpo,
+    superrl,
+    uft,
+    weighted_sft,
+)
 from crosstrain.methods.registry import METHODS, Entry, load_method, method
 
 __all__ = [
     "METHODS",
     "Entry",
+    "chord",
     "cispo",
+    "covariance",
     "dpo",
+    "gem",
     "grpo",
     "gspo",
     "hpt",
     "load_method",
     "luffy",
     "method",
+    "nft",
+    "prefix_rft",
     "reinforce",
+    "reinforce_pp",
+    "remax",
+    "rl_plus",
     "sft",
     "simpo",
+    "superrl",
+    "uft",
     "weighted_sft",
 ]

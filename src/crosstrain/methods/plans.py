@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from itertools import takewhile
 
 from crosstrain.types import Example, Group, Plan, Request, Source, State, Trajectory
 
@@ -15,6 +17,30 @@ def demonstrations() -> Plan:
 def preference_pairs() -> Plan:
     """The row's chosen and rejected answers, nothing sampled."""
     return Plan(needs_expert="pair")
+
+
+def rollouts_and_demonstrations(n: int, share: float, rollouts_from: str, demonstrations_from: str) -> Plan:
+    """`n` completions of each prompt of one stream, and the demonstrations of another, `share` of the step's examples.
+
+    Where both are the same stream, each of its examples gives both, and there is no share.
+    """
+    if n < 1:
+        raise ValueError(f"num_generations: got {n}; it must be at least 1")
+    if not 0 < share < 1:
+        raise ValueError(f"demonstration_share: got {share}; it must be between 0 and 1")
+    one = rollouts_from == demonstrations_from
+    wanted = {rollouts_from: 1.0} if one else {rollouts_from: 1 - share, demonstrations_from: share}
+
+    def following(group: Group, state: State) -> Sequence[Request]:
+        return () if group.stream != rollouts_from or group.by(Source.POLICY) else (Request(n),)
+
+    return Plan(
+        streams=lambda state: wanted,
+        next=following,
+        samples=True,
+        needs_expert="demonstration",
+        expert_streams=frozenset({demonstrations_from}),
+    )
 
 
 def rollouts(n: int, *, with_demonstration: bool = False, max_draws: int = 1) -> Plan:
@@ -35,6 +61,25 @@ def rollouts(n: int, *, with_demonstration: bool = False, max_draws: int = 1) ->
         needs_expert="demonstration" if with_demonstration else None,
         max_draws=max_draws,
     )
+
+
+def told(example: Example) -> tuple[int, ...]:
+    """The demonstration's tokens up to the first that somebody else wrote (a user's next turn, a tool), which are no hint."""
+    shown = example.expert[0]
+    own = takewhile(
+        lambda pair: pair[1] == Source.EXPERT, zip(shown.response, shown.source[shown.response_start :], strict=True)
+    )
+    return tuple(token for token, _ in own)
+
+
+def keyed_uniforms(n: int, *key: object) -> list[float]:
+    """`n` numbers in [0, 1) that depend on the key alone, and so on no neighbour in a batch and on no earlier draw.
+
+    >>> keyed_uniforms(2, "train:0", 3) == keyed_uniforms(2, "train:0", 3) != keyed_uniforms(2, "train:1", 3)
+    True
+    """
+    digests = (hashlib.sha256(repr((key, i)).encode()).digest() for i in range(n))
+    return [int.from_bytes(digest[:6], "big") / 2**48 for digest in digests]
 
 
 def drop_equal_rewards(group: Group, state: State) -> Group | None:

@@ -2,35 +2,84 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from crosstrain.methods.plans import demonstrations
+from crosstrain.methods.plans import demonstrations, keyed_uniforms
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import ones
 from crosstrain.objective.denominators import one
-from crosstrain.objective.terms import by, nll, seq_mean, surrogate, token_sum
+from crosstrain.objective.terms import by, nll, of_channel, seq_mean, surrogate, token_sum
 from crosstrain.types import Batch, Method, Per, Scores, Source
 
 
 @method(paper="arXiv:2109.01652", family="supervised")
-def sft(average: Literal["tokens", "sequences"] = "tokens") -> Method:
+def sft(
+    average: Literal["tokens", "sequences"] = "tokens", label_smoothing: float = 0.0, neftune_noise_alpha: float = 0.0
+) -> Method:
     """Supervised fine-tuning: the demonstrations' mean negative log-likelihood.
 
     Loss: -sum_t log pi(y_t) / N. average: "tokens" divides by all supervised tokens of the step, so long answers weigh more;
     "sequences" gives every demonstration the same weight. Weight on grad log pi: 1 / N, or 1 / (T_i N).
+
+    label_smoothing: e of every token's target spread over the whole vocabulary: (1 - e) -log pi(y_t) + e mean_v -log pi(v), as in
+    the HF Trainer and torch. neftune_noise_alpha: noise on the input embeddings in training, uniform in +- alpha / sqrt(L D), L a
+    sequence's tokens and D their width (NEFTune, arXiv:2310.05914, which uses 5, 10 and 15); the authors' L counts the batch's
+    padding too, so that the noise depends on neighbours.
     """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing: got {label_smoothing}; it must be in [0, 1)")
+    if neftune_noise_alpha < 0:
+        raise ValueError(f"neftune_noise_alpha: got {neftune_noise_alpha}; it must be 0 (no noise) or positive")
     if average not in ("tokens", "sequences"):
         raise ValueError(f"average: got {average!r}; allowed: tokens, sequences")
     by_token = average == "tokens"
-    term = nll(
-        "demo",
-        on=by(Source.EXPERT),
-        per=Per(("own_tokens",)) if by_token else Per(("sequences",)),
-        normalise=token_sum if by_token else seq_mean,
+    per = Per(("own_tokens",)) if by_token else Per(("sequences",))
+    normalise = token_sum if by_token else seq_mean
+    terms = [nll("demo", on=by(Source.EXPERT), per=per, normalise=normalise, coef=1 - label_smoothing)]
+    if label_smoothing > 0:
+        terms.append(
+            of_channel(
+                "smooth",
+                "uniform_nll",
+                on=by(Source.EXPERT),
+                per=per,
+                normalise=normalise,
+                coef=label_smoothing,
+                describe="mean over the vocabulary of -log pi(v)",
+            )
+        )
+    return Method(
+        terms=tuple(terms),
+        plan=demonstrations(),
+        advantage=ones,
+        channels={"uniform_nll": uniform_nll} if label_smoothing > 0 else {},
+        embed=neftune(neftune_noise_alpha) if neftune_noise_alpha > 0 else None,
     )
-    return Method(terms=(term,), plan=demonstrations(), advantage=ones)
+
+
+def uniform_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean over the vocabulary of -log pi(v), [M]."""
+    return -torch.log_softmax(logits, dim=-1).mean(dim=-1)
+
+
+def neftune(alpha: float) -> Callable[[Tensor, Batch], Tensor]:
+    """Uniform noise in +- alpha / sqrt(L D) on the embeddings [B, T, D] of each row's L tokens, keyed by step and example."""
+
+    def noisy(embeddings: Tensor, batch: Batch) -> Tensor:
+        noise = torch.zeros(embeddings.shape, dtype=torch.float64)
+        for r, (example, tokens) in enumerate(zip(batch.example_ids, batch.tokens.tolist(), strict=True)):
+            n, width = int(batch.length[r]), embeddings.shape[2]
+            [u] = keyed_uniforms(1, "neftune", batch.seed, batch.step, example, tokens[:n])
+            drawn = torch.rand(n, width, generator=torch.Generator().manual_seed(int(u * 2**48)), dtype=torch.float64)
+            noise[r, :n] = (2 * drawn - 1) * alpha / math.sqrt(n * width)
+        return embeddings + noise.to(embeddings)
+
+    return noisy
 
 
 @method(paper="arXiv:2508.05629", family="supervised")

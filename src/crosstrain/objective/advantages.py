@@ -35,15 +35,21 @@ def centred(batch: Batch, over: tuple[Source, ...] = (Source.EXPERT, Source.POLI
     >>> centred(tiny_batch(rewards=[1.0, 0.0, 0.0, 1.0], groups=[0, 0, 0, 1])).tolist()  # doctest: +ELLIPSIS
     [0.666..., -0.333..., -0.333..., 0.0]
     """
+    return centred_on(batch, _written_by(batch, over))
+
+
+def centred_on(batch: Batch, rows: Tensor) -> Tensor:
+    """reward minus the mean reward of those of its group that are among `rows`, [B] bool; a group with none keeps a mean of 0."""
     reward = _exact(batch.reward)
-    mean, _ = _group_mean_and_count(batch, reward, _written_by(batch, over).cpu())
+    mean, _ = _group_mean_and_count(batch, reward, rows.cpu())
     return (reward - mean).to(batch.reward)
 
 
-def group_normalised(batch: Batch, std_eps: float = 1e-6) -> Tensor:
+def group_normalised(batch: Batch, std_eps: float = 1e-6, over: tuple[Source, ...] = (Source.EXPERT, Source.POLICY)) -> Tensor:
     """(reward - group mean) / (group std + std_eps), [B], std with n - 1 (GRPO, arXiv:2402.03300).
 
-    A group of one has mean 0 and std 1, so its advantage is the raw reward (as verl and the authors' code have it).
+    A group of one has mean 0 and std 1, so its advantage is the raw reward (as verl and the authors' code have it). over: whose
+    trajectories mean and std are taken over.
 
     >>> from crosstrain.testing import tiny_batch
     >>> a = group_normalised(tiny_batch(rewards=[1.0, 0.0, 1.0], groups=[0, 0, 1]))
@@ -51,11 +57,24 @@ def group_normalised(batch: Batch, std_eps: float = 1e-6) -> Tensor:
     [0.7071, -0.7071, 1.0]
     """
     reward = _exact(batch.reward)
-    mean, count = _group_mean_and_count(batch, reward, torch.ones_like(reward, dtype=torch.bool))
+    member = _written_by(batch, over).cpu()
+    mean, count = _group_mean_and_count(batch, reward, member)
     deviation = reward - mean
-    variance_sum = _group_sum(batch, deviation**2)
+    variance_sum = _group_sum(batch, torch.where(member, deviation**2, torch.zeros_like(deviation)))
     std = (variance_sum / (count - 1).clamp(min=1)).sqrt()
-    return torch.where(count == 1, reward, deviation / (std + std_eps)).to(batch.reward)
+    return torch.where(count <= 1, reward, deviation / (std + std_eps)).to(batch.reward)
+
+
+def whitened(batch: Batch, values: Tensor, eps: float = 1e-8) -> Tensor:
+    """(values - mean) / (std + eps), [B], mean and std (with n - 1) over all trained tokens of the step, a row counting as often
+    as it has tokens (REINFORCE++, arXiv:2501.03262). values: [B]. With fewer than two tokens, 0."""
+    value, count = _exact(values), batch.trained.sum(dim=1).cpu().to(torch.float64)
+    total = count.sum()
+    if total < 2:
+        return torch.zeros_like(values)
+    mean = (value * count).sum() / total
+    std = ((value - mean) ** 2 * count).sum().div(total - 1).sqrt()
+    return ((value - mean) / (std + eps)).to(values)
 
 
 def leave_one_out(batch: Batch) -> Tensor:

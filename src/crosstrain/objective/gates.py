@@ -67,6 +67,17 @@ def token_clip(low: float, high: float) -> Gate:
     return gate
 
 
+def unlikely(power: float = 0.5) -> Gate:
+    """(1 - p)^power: the less likely a token is, the more it counts (RL-PLUS, arXiv:2508.00222)."""
+    if power <= 0:
+        raise ValueError(f"unlikely: got power={power}; it must be positive")
+
+    def gate(ratio: Tensor, logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
+        return (-torch.expm1(logp)) ** power
+
+    return gate
+
+
 def soft(positive: float = 1.0, negative: float = 1.05) -> Gate:
     """4 s (1 - s), s = sigmoid(tau (ratio - 1)): 1 at ratio 1 and falling on both sides, in place of a clip.
 

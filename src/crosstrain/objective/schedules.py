@@ -34,6 +34,18 @@ def cosine(start: float, end: float, steps: int) -> Schedule:
     return lambda step: end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
 
 
+def warmup_cosine(peak: float, valley: float, warmup: int, decay: int) -> Schedule:
+    """From 0 to `peak` over `warmup` steps, then along half a cosine to `valley` over `decay` steps, then `valley`.
+
+    >>> [round(warmup_cosine(0.9, 0.1, 2, 4)(s), 3) for s in (0, 1, 2, 4, 99)]
+    [0.0, 0.45, 0.9, 0.5, 0.1]
+    """
+    if warmup < 0 or decay < 1:
+        raise ValueError(f"warmup_cosine: got warmup={warmup}, decay={decay}; warmup must be 0 or more, decay at least 1")
+    falling = cosine(peak, valley, decay)
+    return lambda step: peak * step / warmup if step < warmup else falling(step - warmup)
+
+
 def learning_rate_factor(kind: str, progress: float, step: int, warmup_steps: int) -> float:
     """What the learning rate is multiplied with: linear warmup over `warmup_steps`, then `kind` over the stage.
 

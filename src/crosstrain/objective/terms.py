@@ -113,6 +113,17 @@ def reinforce_loss(normalise: Normalise = token_sum) -> Value:
     return value
 
 
+def of_channel(
+    name: str, channel: str, *, on: On, per: Per, normalise: Normalise = token_sum, coef: float = 1.0, describe: str = ""
+) -> Term:
+    """The channel `channel` itself as a loss per token, [B, T]."""
+
+    def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
+        return scores.channels[channel] * normalise(on, batch)
+
+    return Term(name, value, on, per, coef, needs=frozenset({channel}), describe=describe)
+
+
 def entropy_bonus(name: str, *, on: On, per: Per, normalise: Normalise = token_sum, coef: float = 0.001) -> Term:
     """-H per token, [B, T], with H the entropy of the next-token distribution in nats: keeps the policy from narrowing."""
 

@@ -13,11 +13,12 @@ from crosstrain.prefix import common_start
 from crosstrain.types import Batch, Group, Source, Trajectory
 
 
-def to_batch(groups: Sequence[Group], *, step: int = 0, mask_truncated: bool = False) -> Batch:
+def to_batch(groups: Sequence[Group], *, step: int = 0, seed: int = 0, mask_truncated: bool = False) -> Batch:
     """The rectangle of all trajectories of `groups`, in order, padded on the right with token 0.
 
     mask_truncated: own completions cut at the token limit are not trained on; their rewards still count for the group.
-    The column `behaviour_logp` is set, NaN where unknown; `advantage` is NaN until a method's advantage is set.
+    The column `behaviour_logp` is set, NaN where unknown; `advantage` is NaN until a method's advantage is set. Greedy
+    completions are baselines: they are not trained on, and the column `greedy`, [B], is 1 for them where there are any.
     Raises ValueError for a group without trajectories.
     """
     rows: list[tuple[int, Group, Trajectory]] = []
@@ -42,9 +43,10 @@ def to_batch(groups: Sequence[Group], *, step: int = 0, mask_truncated: bool = F
             behaviour[r, :n] = torch.tensor(t.behaviour_logp)
         if t.reward is not None:
             reward[r] = t.reward
-        if not (mask_truncated and not t.finished and t.wrote(Source.POLICY)):
+        if not t.greedy and not (mask_truncated and not t.finished and t.wrote(Source.POLICY)):
             trained[r, 1:n] = source[r, 1:n] != int(Source.PROMPT)
     group_index = torch.tensor([g for g, _, _ in rows], dtype=torch.long)
+    greedy = {"greedy": torch.tensor([float(t.greedy) for _, _, t in rows])} if any(t.greedy for _, _, t in rows) else {}
     return Batch(
         tokens=tokens,
         source=source,
@@ -53,11 +55,12 @@ def to_batch(groups: Sequence[Group], *, step: int = 0, mask_truncated: bool = F
         rank=_ranks(group_index, reward),
         reward=reward,
         advantage=torch.full(size, math.nan),
-        columns={"behaviour_logp": behaviour},
+        columns={"behaviour_logp": behaviour, **greedy},
         example_ids=tuple(g.example.id for _, g, _ in rows),
         prompt_length=torch.tensor(shared, dtype=torch.long),
         length=torch.tensor([len(t.tokens) for _, _, t in rows], dtype=torch.long),
         step=step,
+        seed=seed,
     )
 
 
@@ -83,6 +86,12 @@ def with_advantage(batch: Batch, advantage: Tensor) -> Batch:
             f"an advantage must have shape [B] or [B, T] = {tuple(batch.tokens.shape)}; got {tuple(advantage.shape)}"
         )
     return replace(batch, advantage=advantage.detach().clone().to(batch.reward))
+
+
+def distinct_demonstrations(group: Group) -> int:
+    """How many different texts of an expert a group has: a hint that several rollouts start from is one."""
+    texts = (tuple(x for x, s in zip(t.tokens, t.source, strict=True) if s == Source.EXPERT) for t in group.by(Source.EXPERT))
+    return len(set(texts))
 
 
 def distinct_tokens(batch: Batch) -> int:

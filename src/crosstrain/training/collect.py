@@ -99,6 +99,7 @@ def collect(
     beyond batch_size is left out, so that a step never grows. Completions whose reward is missing are left out of their group,
     and a group with no other completions is dropped: what cannot be credited is not trained on (`rewarded` still has it).
     """
+    state = {**state, "seed": seed}  # for what a plan draws by chance
     kept: list[Group] = []
     rewarded: list[Group] = []
     usage = Usage()
@@ -113,14 +114,14 @@ def collect(
             start = positions.get(stream, 0)
             examples, positions[stream] = streams[stream].draw(start, n)
             for offset, example in enumerate(examples):
-                _check_brings(method, example)
+                _check_brings(method, stream, example)
                 # an example drawn twice in one step still gets random numbers of its own
                 example = replace(example, id=f"{example.id}@{start + offset}")
                 groups.append(Group(example, method.plan.start(example, state), stream))
         groups, used = rounds(method, state, groups, sampler, sampling, rewards, truncation, seed, step)
         usage += used
         rewarded += groups
-        known = [g for g in map(_with_known_rewards, groups) if g is not None]
+        known = [g for g in map(with_known_rewards, groups) if g is not None]
         kept += [chosen for g in known if (chosen := method.select(g, state)) is not None]
         if len(kept) >= batch_size:
             break
@@ -199,10 +200,13 @@ def _trajectory(example: Example, request: Request, completion: Completion, step
         behaviour_logp=unknown + tuple(completion.logp),
         policy_version=step,
         finished=completion.finished,
+        greedy=request.greedy,
     )
 
 
-def _with_known_rewards(group: Group) -> Group | None:
+def with_known_rewards(group: Group) -> Group | None:
+    """The group without own completions that got no reward, a demonstration beside some being taken as right; None where none is
+    left."""
     own = group.by(Source.POLICY)
     if not own:
         return group  # imitation: no reward is asked for
@@ -221,8 +225,8 @@ def _penalised(group: Group, truncation: Truncation) -> Group:
     return replace(group, trajectories=tuple(penalise(t) for t in group.trajectories))
 
 
-def _check_brings(method: Method, example: Example) -> None:
-    needs = method.plan.needs_expert
+def _check_brings(method: Method, stream: str, example: Example) -> None:
+    needs = method.plan.brings(stream)
     has = len(example.expert)
     if needs == "pair" and has != 2:
         raise UserError(f"{example.where}: method {method.name} needs `chosen` and `rejected`; the row has neither")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from crosstrain.memory import give_back
-from crosstrain.training.batching import distinct_tokens, to_batch
+from crosstrain.training.batching import distinct_demonstrations, distinct_tokens, to_batch
 from crosstrain.training.collect import Collected
 from crosstrain.training.cost import Cost
 from crosstrain.training.loop import (
@@ -27,7 +27,7 @@ from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.probe import optimizer_seconds
 from crosstrain.training.record import held_memory_gb, peak_memory_gb, reset_peak_memory
 from crosstrain.training.timing import clock
-from crosstrain.types import Batch, Method, Source
+from crosstrain.types import Batch, Method
 
 LOOK_AHEAD = 16
 """Batches whose lengths are looked at where nothing is sampled: one alone may be far from the mean."""
@@ -80,7 +80,7 @@ def _measure(engine: Engine, method: Method, optimizer: Optimizer, batch_size: i
     cost = cost.took(clock(device) - started)
     peak = peak_memory_gb(device)
     update, most = _measure_update(engine, method, optimizer, batch, collected)
-    demonstrations = sum(len(g.by(Source.EXPERT)) for g in collected.groups) * method.updates.epochs
+    demonstrations = sum(map(distinct_demonstrations, collected.groups)) * method.updates.epochs
     cost = (cost + update) * _longer(engine, method, batch_size, batch, collected)
     masters = optimizer.masters.values()
     gradients = sum(m.numel() * m.element_size() for m in masters) / 2**30

@@ -22,7 +22,7 @@ from crosstrain.errors import UserError, nearest
 from crosstrain.objective.reduce import count, term_loss
 from crosstrain.objective.schedules import learning_rate_factor
 from crosstrain.rollout.sampler import Sampler, Sampling
-from crosstrain.training.batching import cut, distinct_tokens, to_batch, with_advantage
+from crosstrain.training.batching import cut, distinct_demonstrations, distinct_tokens, to_batch, with_advantage
 from crosstrain.training.collect import Collected, ScoreGroups, Stream, Truncation, collect
 from crosstrain.training.cost import Cost
 from crosstrain.training.metrics import COMPUTED, TIME, Meter, merge, rollout_metrics, without_logp_difference
@@ -32,7 +32,7 @@ from crosstrain.training.reference import Known, reference_column
 from crosstrain.training.score import CHANNELS, Layout, score
 from crosstrain.training.tally import Tally
 from crosstrain.training.timing import clock
-from crosstrain.types import Batch, Group, Method, Scores, Source, State
+from crosstrain.types import Batch, Group, Method, Scores, State
 
 PROBE = "grad_norm/"
 """What the name of a probe starts with; the name of a term follows."""
@@ -157,7 +157,7 @@ def train_stage(
                     lines.append(without_logp_difference(line) if moved else line)
                     progress.optimizer_steps += 1
         updates = Cost().forward_backward(trained, engine.parameters)
-        demonstrations = sum(len(g.by(Source.EXPERT)) for g in collected.groups) * method.updates.epochs
+        demonstrations = sum(map(distinct_demonstrations, collected.groups)) * method.updates.epochs
         progress.skipped += not lines
         metrics = {TIME + "backward": 0.0, TIME + "optimizer": 0.0, **merge(lines), **rollout_metrics(collected.rewarded)}
         metrics |= {TIME + name: seconds for name, seconds in times.items()}
@@ -193,7 +193,8 @@ def draw(engine: Engine, method: Method, batch_size: int, progress: Progress) ->
 
 def make_batch(engine: Engine, method: Method, collected: Collected, optimizer_steps: int, cost: Cost) -> tuple[Batch, Cost]:
     """The collected groups, of which there must be some, as a batch with its columns and advantages, and the cost after that."""
-    batch = to_batch(collected.groups, step=optimizer_steps, mask_truncated=engine.truncation.rule == "mask")
+    mask = engine.truncation.rule == "mask"
+    batch = to_batch(collected.groups, step=optimizer_steps, seed=engine.seed, mask_truncated=mask)
     batch, cost = add_columns(engine, method, batch.to(engine.device), cost)
     return with_advantage(batch, method.advantage(batch)), cost
 
@@ -233,9 +234,16 @@ def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tup
         batch = batch.with_columns(ref_logp=_reference_logp(engine, method, batch))
         cost = cost.forward(tokens, engine.parameters)
     for name, build in method.columns.items():
-        batch = batch.with_columns(**{name: build(lambda b: no_grad_scores(engine, method, b), batch)})
-        cost = cost.forward(tokens, engine.parameters)
-    missing = method.needs - set(batch.columns) - set(CHANNELS) - {"old_logp"}
+        passes: list[int] = []
+
+        def scores(other: Batch, passes: list[int] = passes) -> Scores:
+            passes.append(distinct_tokens(other))
+            return no_grad_scores(engine, method, other, watch=True)
+
+        batch = batch.with_columns(**{name: build(scores, batch)})
+        for scored in passes:
+            cost = cost.forward(scored, engine.parameters)
+    missing = method.needs - set(batch.columns) - set(CHANNELS) - set(method.channels) - {"old_logp"}
     if missing:
         raise UserError(f"method {method.name} reads {', '.join(sorted(missing))}, which nothing provides")
     return batch, cost
@@ -251,15 +259,17 @@ def _reference_logp(engine: Engine, method: Method, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def no_grad_scores(engine: Engine, method: Method, batch: Batch) -> Scores:
-    """The model's log-probs of a whole batch, in micro-batches, without gradient."""
-    logp = torch.zeros(batch.tokens.shape, device=engine.device)
+def no_grad_scores(engine: Engine, method: Method, batch: Batch, *, watch: bool = False) -> Scores:
+    """The model's log-probs of a whole batch, in micro-batches, without gradient; with `watch` the channels of `score`'s
+    `watch`."""
+    whole: dict[str, Tensor] = {}
     for index in cut(batch, engine.micro_batch_tokens, "token", shared=engine.layout == "shared"):
         rows = index.to(engine.device)
-        part = score(engine.model, batch.rows(rows), temperature=_temperature(engine, method), layout=engine.layout).logp
-        logp = logp.to(part.dtype)
-        logp[rows] = part
-    return Scores(logp)
+        temperature = _temperature(engine, method)
+        part = score(engine.model, batch.rows(rows), watch=watch, temperature=temperature, layout=engine.layout)
+        for name, values in {"logp": part.logp, **part.channels}.items():
+            whole.setdefault(name, values.new_zeros(batch.tokens.shape))[rows] = values
+    return Scores(whole.pop("logp"), whole)
 
 
 def minibatches(batch: Batch, method: Method, seed: int, step: int) -> Iterator[Batch]:
@@ -353,7 +363,8 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
     Terms see the model only through the channels of `scores`. So each term's gradient is taken on the channels first (which is
     the negative weight of every token), and the model's backward runs once, on their sum.
     """
-    channels = {name: CHANNELS[name] for name in method.needs if name in CHANNELS}
+    known = {**CHANNELS, **method.channels}
+    channels = {name: known[name] for name in sorted(method.needs & known.keys())}
     scores = score(
         engine.model,
         batch,

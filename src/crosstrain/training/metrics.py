@@ -27,10 +27,11 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     reward, reward_std: mean over completions, and mean over groups of the std with n - 1. frac_reward_zero_std: share of groups
     whose rewards are all equal. rewards/missing: completions without a reward.
     """
-    own = [t for g in groups for t in g.by(Source.POLICY)]
+    answers = [[t for t in g.by(Source.POLICY) if not t.greedy] for g in groups]  # a baseline is no answer
+    own = [t for group in answers for t in group]
     if not own:
         return {}
-    rewards = [[t.reward for t in g.by(Source.POLICY) if t.reward is not None] for g in groups]
+    rewards = [[t.reward for t in group if t.reward is not None] for group in answers]
     known = [r for group in rewards for r in group]
     stds = [statistics.stdev(r) for r in rewards if len(r) > 1]  # exact: equal rewards have a std of 0, also 0.1 seven times
     lengths = [sum(s == Source.POLICY for s in t.source) for t in own]

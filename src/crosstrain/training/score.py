@@ -25,12 +25,9 @@ from crosstrain.llama import hidden_states, written_out
 from crosstrain.prefix import common_start
 from crosstrain.training.batching import cut, to_batch
 from crosstrain.training.token_logp import CHUNK, token_logp
-from crosstrain.types import Batch, Example, Group, Scores, Source, Trajectory
+from crosstrain.types import Batch, Channel, Example, Group, Scores, Source, Trajectory
 
 Layout = Literal["shared", "plain"]
-
-Channel = Callable[[Tensor, Tensor], Tensor]
-"""A full-vocabulary functional: (logits [M, V] in at least fp32, targets [M]) -> [M], with gradient."""
 
 PACK_TOKENS = 256
 """Longest line of several groups, unless one group needs a longer one: of a model that computes what a mask hides, attention grows

@@ -1,0 +1,126 @@
+"""CHORD: reinforcement learning with demonstrations of other prompts beside it, whose weight falls."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from crosstrain.methods.plans import rollouts_and_demonstrations
+from crosstrain.methods.registry import method
+from crosstrain.objective.advantages import group_normalised
+from crosstrain.objective.denominators import old, uncertain
+from crosstrain.objective.gates import ppo_clip
+from crosstrain.objective.schedules import warmup_cosine
+from crosstrain.objective.terms import by, nll, ppo_loss, surrogate
+from crosstrain.types import Batch, Group, Method, Per, Schedule, Scores, Source, State, Term, Updates
+
+
+@method(paper="arXiv:2508.11408", family="hybrid")
+def chord_mu(
+    num_generations: int = 8,
+    mu: float = 0.9,
+    mu_valley: float = 0.05,
+    mu_warmup_steps: int = 0,
+    mu_decay_steps: int = 200,
+    demonstration_share: float = 2 / 3,
+    epsilon: float = 0.2,
+    num_iterations: int = 1,
+    rollouts_from: str = "rl",
+    demonstrations_from: str = "demos",
+) -> Method:
+    """CHORD-mu: from imitation to reinforcement learning by a coefficient that falls.
+
+    Loss: (1 - mu) times GRPO's clipped loss over all tokens of own rollouts, plus mu times -log pi averaged over all tokens of
+    demonstrations; mu falls from its start to mu_valley along half a cosine. Weight on grad log pi: (1 - mu) gate r A / N_own and
+    mu / N_demo, with r = pi / pi_old and the group-normalised A of `grpo` over rollouts alone.
+
+    rollouts_from, demonstrations_from: the data streams, whose prompts need not be the same; with one name for both, each row gives
+    both. demonstration_share: of the step's examples; 64 demonstrations beside 32 prompts in the paper. mu_decay_steps: 200 in the
+    paper's text, 30 in its appendix, 400 in the authors' example.
+    """
+    _check(mu=mu, mu_valley=mu_valley)
+    return _chord(
+        demonstration=nll("demo", on=by(Source.EXPERT), per=Per(("own_tokens",)), coef=1.0),
+        mu=warmup_cosine(mu, mu_valley, mu_warmup_steps, mu_decay_steps),
+        epsilon=epsilon,
+        updates=Updates(num_iterations),
+        plan=(num_generations, demonstration_share, rollouts_from, demonstrations_from),
+    )
+
+
+@method(paper="arXiv:2508.11408", family="hybrid")
+def chord_phi(
+    num_generations: int = 8,
+    mu: float = 0.1,
+    demonstration_share: float = 2 / 3,
+    epsilon: float = 0.2,
+    num_iterations: int = 1,
+    rollouts_from: str = "rl",
+    demonstrations_from: str = "demos",
+) -> Method:
+    """CHORD-phi: as `chord_mu` with a constant mu, and demonstrations weighted by p (1 - p).
+
+    Loss (logged): the demonstrations' part is -sg(p (1 - p)) log pi over all their tokens. Weight on grad log pi there:
+    mu p (1 - p) / N_demo, which leaves alone what the policy is sure of, right or wrong.
+    """
+
+    _check(mu=mu)
+
+    def published(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
+        p = scores.logp.detach().exp()
+        return -p * (1 - p) * scores.logp
+
+    return _chord(
+        demonstration=surrogate(
+            "demo",
+            on=by(Source.EXPERT),
+            per=Per(("own_tokens",)),
+            denominator=uncertain,
+            logged=published,
+            describe="-sg(p (1 - p)) log pi",
+        ),
+        mu=lambda step: mu,
+        epsilon=epsilon,
+        updates=Updates(num_iterations),
+        plan=(num_generations, demonstration_share, rollouts_from, demonstrations_from),
+    )
+
+
+def _chord(*, demonstration: Term, mu: Schedule, epsilon: float, updates: Updates, plan: tuple[int, float, str, str]) -> Method:
+    n, share, own, demos = plan
+    rl = surrogate(
+        "rl",
+        on=by(Source.POLICY),
+        per=Per(("own_tokens",)),
+        denominator=old,
+        gate=ppo_clip(epsilon, epsilon),
+        coef=lambda step: 1 - mu(step),
+        logged=ppo_loss(old, epsilon, epsilon),
+        needs=frozenset({"old_logp"}),
+        describe="max(-A r, -A clip(r)), r = pi / old",
+    )
+
+    def only_rollouts(group: Group, state: State) -> Group | None:
+        return group.only(Source.POLICY) if group.stream == own != demos else group
+
+    return Method(
+        terms=(rl, replace(demonstration, coef=mu)),
+        plan=rollouts_and_demonstrations(n, share, own, demos),
+        select=only_rollouts,
+        advantage=of_rollouts_and_demonstrations,
+        updates=updates,
+    )
+
+
+def of_rollouts_and_demonstrations(batch: Batch) -> Tensor:
+    """[B, T]: the reward normalised over the group's rollouts on their tokens, 1 on demonstrations."""
+    own = group_normalised(batch, over=(Source.POLICY,))[:, None].expand(batch.source.shape)
+    return torch.where(batch.source == int(Source.EXPERT), torch.ones_like(own), own)
+
+
+def _check(**coefficients: float) -> None:
+    for name, value in coefficients.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}: got {value}; it must be from 0 to 1")

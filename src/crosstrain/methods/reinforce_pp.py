@@ -1,0 +1,70 @@
+"""REINFORCE++: no critic, and an advantage that is normalised over the whole step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from crosstrain.methods.plans import rollouts
+from crosstrain.methods.registry import method
+from crosstrain.objective.advantages import centred, raw_reward, whitened
+from crosstrain.objective.denominators import old
+from crosstrain.objective.gates import ppo_clip
+from crosstrain.objective.terms import by, kl, ppo_loss, surrogate
+from crosstrain.types import Batch, Method, Per, Source, Term, Updates
+
+
+@method(paper="arXiv:2501.03262", family="reinforcement learning")
+def reinforce_pp(num_generations: int = 1, epsilon: float = 0.2, num_iterations: int = 1, minibatches: int = 1) -> Method:
+    """REINFORCE++: PPO's loss with the reward, normalised over the step, as every token's advantage.
+
+    Loss (logged): max(-A r, -A clip(r, 1 - epsilon, 1 + epsilon)) averaged over all tokens of the step, r = pi / pi_old, and
+    A = (R - mean) / (std + 1e-8), mean and std over all tokens of the step. Weight on grad log pi: gate r A / N.
+
+    The paper takes a KL per token off the reward before; with beta 0, which is this method, all tokens of a completion share one
+    return.
+    """
+    return _made(raw_reward, num_generations, epsilon, 0.0, Updates(num_iterations, minibatches))
+
+
+@method(paper="arXiv:2501.03262", family="reinforcement learning")
+def reinforce_pp_baseline(
+    num_generations: int = 8, epsilon: float = 0.2, beta: float = 0.0, num_iterations: int = 1, minibatches: int = 1
+) -> Method:
+    """REINFORCE++-baseline: rewards centred in their group first, then normalised over the step.
+
+    As `reinforce_pp` with A = (B - mean B) / (std B + 1e-8), B = R - group mean; unlike GRPO's, its scale does not depend on how
+    much a single group's rewards vary. beta: coefficient of a k2 KL term to the reference, 0 for none.
+    """
+    if num_generations < 2:
+        raise ValueError(f"num_generations: got {num_generations}; a group mean needs at least 2")
+    if beta < 0:
+        raise ValueError(f"beta: got {beta}; it must be 0 (no KL) or positive")
+    return _made(centred, num_generations, epsilon, beta, Updates(num_iterations, minibatches))
+
+
+def _made(credit: Callable[[Batch], Tensor], n: int, epsilon: float, beta: float, updates: Updates) -> Method:
+    per, on = Per(("own_tokens",)), by(Source.POLICY)
+    terms: list[Term] = [
+        surrogate(
+            "rl",
+            on=on,
+            per=per,
+            denominator=old,
+            gate=ppo_clip(epsilon, epsilon),
+            logged=ppo_loss(old, epsilon, epsilon),
+            needs=frozenset({"old_logp"}),
+            describe="max(-A r, -A clip(r)), r = pi / old",
+        )
+    ]
+    if beta > 0:
+        terms.append(kl("kl", on=on, per=per, estimator="k2", coef=beta))
+    return Method(
+        terms=tuple(terms),
+        plan=rollouts(n),
+        advantage=lambda batch: whitened(batch, credit(batch)),
+        credits="step",
+        updates=updates,
+        reference="stage_start",
+    )

@@ -1,0 +1,56 @@
+"""RL-PLUS: a demonstration in the group, its unlikely tokens first."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+
+from crosstrain.methods.plans import rollouts
+from crosstrain.methods.registry import method
+from crosstrain.objective.advantages import centred
+from crosstrain.objective.denominators import mixture, old
+from crosstrain.objective.gates import unlikely
+from crosstrain.objective.terms import by, surrogate
+from crosstrain.types import Batch, Method, Per, Scores, Source, Updates
+
+
+@method(paper="arXiv:2508.00222", family="hybrid")
+def rl_plus(num_generations: int = 7, power: float = 0.5, num_iterations: int = 1, minibatches: int = 1) -> Method:
+    """RL-PLUS: own rollouts and a demonstration in one group, with multiple importance sampling on the demonstration.
+
+    Loss, summed over the tokens of both and divided by all of them:
+        own tokens      -A r                              r = pi / pi_old
+        expert tokens   -A sg((1 - p)^power) p / den      p = pi, den = (pi_old + w) / 2, w = (pi_old + 1) / 2
+    with A = R - mean reward of the rollouts, no std and no clip. den mixes the policy at the start of the batch with a uniform one
+    whose density is taken as 1. Weight: r A on own tokens, A (1 - p)^power p / den on expert tokens.
+
+    Differs on purpose, as `luffy`: divided by the tokens of the whole optimizer step; the authors' code divides by a constant
+    length per micro-batch and adds an entropy bonus of 0.001.
+    """
+    per, needs = Per(("all_tokens",)), frozenset({"old_logp"})
+    gate = unlikely(power)
+
+    def published(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
+        logp = scores.logp
+        ratio = (logp - mixture(logp.detach(), batch, on)).exp()
+        return -batch.advantage * gate(ratio, logp.detach(), batch, on) * ratio
+
+    return Method(
+        terms=(
+            surrogate("rl", on=by(Source.POLICY), per=per, denominator=old, needs=needs, describe="-A r, r = pi / old"),
+            surrogate(
+                "demo",
+                on=by(Source.EXPERT),
+                per=per,
+                denominator=mixture,
+                gate=gate,
+                needs=needs,
+                logged=published,
+                describe=f"-A (1 - p)^{power:g} p / den, den = (3 old + 1) / 4",
+            ),
+        ),
+        plan=rollouts(num_generations, with_demonstration=True),
+        advantage=functools.partial(centred, over=(Source.POLICY,)),
+        updates=Updates(num_iterations, minibatches),
+    )

@@ -1,0 +1,91 @@
+"""What to do with prompts that teach nothing: imitate their demonstration (SuperRL), or leave them out."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+from crosstrain.methods.plans import drop_equal_rewards, rollouts
+from crosstrain.methods.registry import method
+from crosstrain.objective.advantages import group_normalised
+from crosstrain.objective.denominators import old
+from crosstrain.objective.gates import ppo_clip
+from crosstrain.objective.terms import by, group_mean, nll, ppo_loss, seq_mean, surrogate
+from crosstrain.types import Group, Method, Per, Source, State, Updates
+
+
+@method(paper="arXiv:2506.01096", family="hybrid")
+def superrl(
+    trigger: Literal["rewards", "advantages"] = "rewards",
+    num_generations: int = 8,
+    epsilon: float = 0.2,
+    num_iterations: int = 1,
+    minibatches: int = 1,
+) -> Method:
+    """SuperRL: per prompt, imitation where the reward says nothing, reinforcement learning elsewhere.
+
+    Loss: mean over groups of -log pi averaged over the demonstration's tokens where the trigger holds, else of GRPO's clipped loss
+    averaged over the group's tokens, r = pi / pi_old and the group-normalised A of `grpo` over rollouts. Weight on grad log pi:
+    1 / (T N_groups) on a demonstration, gate r A / (group tokens N_groups) on rollouts.
+
+    trigger: "rewards" when none is above 0 (SuperRL-R, the rule of `hpt` with gate 0), "advantages" when all are (SuperRL-A, which
+    takes prompts that are always solved too). No code of the authors was found: that groups count alike, and not tokens, is this
+    library's choice, made so that the share of imitation follows how many groups failed.
+    """
+    if trigger not in ("rewards", "advantages"):
+        raise ValueError(f"trigger: got {trigger!r}; allowed: rewards, advantages")
+
+    def switch(group: Group, state: State) -> Group | None:
+        rewards = {float(t.reward or 0.0) for t in group.by(Source.POLICY)}
+        dead = all(r <= 0 for r in rewards) if trigger == "rewards" else len(rewards) <= 1
+        return group.only(Source.EXPERT) if dead else group.only(Source.POLICY)
+
+    per = Per(("groups",))
+    return Method(
+        terms=(
+            nll("demo", on=by(Source.EXPERT), per=per, normalise=group_mean, unit="group"),
+            surrogate(
+                "rl",
+                on=by(Source.POLICY),
+                per=per,
+                denominator=old,
+                gate=ppo_clip(epsilon, epsilon),
+                normalise=group_mean,
+                unit="group",
+                logged=ppo_loss(old, epsilon, epsilon, group_mean),
+                needs=frozenset({"old_logp"}),
+                describe="max(-A r, -A clip(r)), r = pi / old",
+            ),
+        ),
+        plan=rollouts(num_generations, with_demonstration=True),
+        select=switch,
+        advantage=functools.partial(group_normalised, over=(Source.POLICY,)),
+        updates=Updates(num_iterations, minibatches),
+    )
+
+
+@method(paper="arXiv:2506.01096", family="reinforcement learning")
+def drop_dead(num_generations: int = 8, epsilon: float = 0.2, num_iterations: int = 1, minibatches: int = 1) -> Method:
+    """GRPO without the prompts whose rewards are all equal: the baseline that a reviewer of SuperRL missed.
+
+    `grpo` with beta 0, except that such a group does not count among the sequences that the loss is divided by: a step in which
+    half of the prompts are dead is not half as large. Nothing is drawn in their place, as `dapo` does.
+    """
+    term = surrogate(
+        "rl",
+        on=by(Source.POLICY),
+        per=Per(("sequences",)),
+        denominator=old,
+        gate=ppo_clip(epsilon, epsilon),
+        normalise=seq_mean,
+        logged=ppo_loss(old, epsilon, epsilon, seq_mean),
+        needs=frozenset({"old_logp"}),
+        describe="max(-A r, -A clip(r)), r = pi / old",
+    )
+    return Method(
+        terms=(term,),
+        plan=rollouts(num_generations),
+        select=drop_equal_rewards,
+        advantage=group_normalised,
+        updates=Updates(num_iterations, minibatches),
+    )
