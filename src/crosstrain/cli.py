@@ -211,5 +211,23 @@ def methods(
     print_all() if name is None else print_one(name)
 
 
+@app.command()
+def explain(
+    method: Annotated[str, typer.Argument(metavar="METHOD", help="A method's name, or my_file.py:my_function.")],
+    batch: Annotated[
+        Path, typer.Option(metavar="BATCH.json", help="Log-probs and rewards of a batch; docs/explain.md says how.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, e.g. beta=0.1.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: loss, terms, and every token's weight.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a method does to every token of a batch."""
+    from crosstrain.cli_explain import explain_batch
+
+    explain_batch(method, batch, overrides or [], as_json=as_json)
+
+
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,88 @@
+"""What `crosstrain explain` prints: the weight that a method gives to every token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from crosstrain.config.files import load, override
+from crosstrain.explain import GivenBatch, explain
+from crosstrain.methods import load_method
+
+UP, DOWN = "green", "red"
+
+
+def explain_batch(name: str, batch: Path, overrides: Sequence[str], *, as_json: bool, console: Console | None = None) -> None:
+    """Print what the method `name`, with settings `key=value`, makes of the batch in a JSON file."""
+    method = load_method(name, **override({}, overrides))
+    given = load(GivenBatch, batch)
+    found = explain(method, given)
+    if as_json:
+        print(json.dumps(found, indent=1, allow_nan=False))
+        return
+    _show(found, given, console or Console())
+
+
+def _show(found: Mapping[str, Any], given: GivenBatch, out: Console) -> None:
+    settings = ", ".join(f"{k}={v}" for k, v in found["settings"].items())
+    out.print(f"[bold]{found['method']}[/bold]  {settings}", highlight=False)
+    for term in found["terms"]:
+        out.print(
+            f"term {term['name']}: loss {term['loss']:.4g} on {term['tokens']} tokens, divided by {term['denominator']:g}",
+            highlight=False,
+        )
+    largest = max((abs(w) for g in found["groups"] for t in g["trajectories"] for w in t["weights"]), default=0.0)
+    for i, (group, shown) in enumerate(zip(given.groups, found["groups"], strict=True)):
+        out.print(f"group {group.id or i}" + ("" if shown["selected"] else ": dropped"), highlight=False)
+        for k, (one, t) in enumerate(zip(group.trajectories, shown["trajectories"], strict=True)):
+            line = Text(
+                f"  {k}  reward {one.reward if one.reward is not None else '-'}  advantage {_advantage(shown['advantage'][k])}  "
+            )
+            line.append_text(
+                _weights(one.source, t["weights"], largest) if t["selected"] else Text("not selected", style="dim")
+            )
+            out.print(line)
+    out.print(_sentence(found, given), highlight=False)
+
+
+def _advantage(value: Any) -> str:
+    return "-" if value is None else "per token" if isinstance(value, list) else f"{value:.3g}"
+
+
+def _weights(source: Sequence[str], weights: Sequence[float], largest: float) -> Text:
+    """Each token's author and weight, the brighter the larger."""
+    line = Text()
+    for s, w in zip(source, weights, strict=True):
+        if s == "prompt":
+            line.append("· ", style="dim")
+            continue
+        strong = largest > 0 and abs(w) > 0.5 * largest
+        style = "dim" if w == 0 else (("bold " if strong else "") + (UP if w > 0 else DOWN))
+        line.append(f"{s[0]}{w:+.3g} ", style=style)
+    return line
+
+
+def _sentence(found: Mapping[str, Any], given: GivenBatch) -> str:
+    """In one sentence what the step would teach."""
+    up: dict[str, float] = {}
+    down: dict[str, float] = {}
+    for group, shown in zip(given.groups, found["groups"], strict=True):
+        for one, t in zip(group.trajectories, shown["trajectories"], strict=True):
+            for s, w in zip(one.source, t["weights"], strict=True):
+                side = up if w > 0 else down
+                side[s] = side.get(s, 0.0) + abs(w)
+    total = sum(up.values()) + sum(down.values())
+    if not total:
+        return "This step would teach nothing: no token has a weight."
+
+    def say(side: Mapping[str, float]) -> str:
+        names = {"expert": "demonstrations", "policy": "own answers", "tool": "tools' words"}
+        return " and ".join(f"{names[s]} ({w / total:.0%} of all weight)" for s, w in side.items() if w)
+
+    parts = [f"make {say(up)} more likely"] * any(up.values()) + [f"make {say(down)} less likely"] * any(down.values())
+    return f"This step would {', and '.join(parts)}."

@@ -1,0 +1,240 @@
+"""What a method does to every token of a batch whose log-probs are given: no model, the method's own terms.
+
+    {"step": 0, "groups": [{"trajectories": [
+        {"source": ["prompt", "policy", "policy"], "reward": 1.0, "logp": [0, -0.5, -1.2], "old_logp": [0, -0.6, -1.2]}]}]}
+
+Every list of a trajectory has one entry per token; what stands at prompt tokens is ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from crosstrain.errors import UserError
+from crosstrain.objective.reduce import count, term_loss
+from crosstrain.training.batching import to_batch, with_advantage
+from crosstrain.training.collect import with_known_rewards
+from crosstrain.types import Batch, Example, Group, Method, Scores, Source, Trajectory
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+Numbers = list[float]
+
+
+class GivenTrajectory(BaseModel):
+    """One sequence: who wrote each token, and what is known of it."""
+
+    model_config = STRICT
+    source: list[Literal["prompt", "expert", "policy", "tool"]] = Field(min_length=1)
+    logp: Numbers
+    reward: float | None = None
+    finished: bool = True
+    greedy: bool = False
+    old_logp: Numbers | None = None
+    ref_logp: Numbers | None = None
+    behaviour_logp: Numbers | None = None
+    teacher_logp: Numbers | None = None
+    entropy: Numbers | None = None
+    value: Numbers | None = None
+
+
+class GivenGroup(BaseModel):
+    """The trajectories of one example."""
+
+    model_config = STRICT
+    id: str | None = None
+    stream: str = "train"
+    trajectories: list[GivenTrajectory] = Field(min_length=1)
+
+
+class GivenBatch(BaseModel):
+    """What an optimizer step is given. step: optimizer steps taken before it. state: the method's, where it is not the first."""
+
+    model_config = STRICT
+    step: int = Field(0, ge=0)
+    state: dict[str, Any] | None = None
+    groups: list[GivenGroup] = Field(min_length=1)
+
+
+PER_TOKEN = ("old_logp", "ref_logp", "behaviour_logp", "teacher_logp", "entropy", "value")
+"""Lists that a trajectory may bring beside `logp`."""
+
+
+def explain(method: Method, given: GivenBatch) -> dict[str, Any]:
+    """The method's loss on a batch and the weight of every token, as JSON holds it.
+
+        method, settings    what ran
+        loss                as logged
+        terms               of each: name, loss, denominator, tokens
+        groups              of each: selected, advantage (one number per trajectory, or a list with one per token where they
+        differ), and
+                            trajectories, of each: selected, weights
+
+    weights[t] = -d loss / d logp[t], divided as in training: 0 for what is not selected. An absent `old_logp` means one inner
+    update: the old policy is the current one.
+
+    Raises UserError for lists of the wrong length, for columns the method needs that are absent, for a logp above 0, and for a
+    method that needs the whole distribution, which log-probs of single tokens do not tell.
+
+    >>> from crosstrain.methods import load_method
+    >>> one = {"source": ["prompt", "policy"], "logp": [0, -1.0]}
+    >>> batch = GivenBatch(groups=[{"trajectories": [{**one, "reward": 1.0}, {**one, "reward": 0.0}]}])
+    >>> [t["weights"] for t in explain(load_method("rloo"), batch)["groups"][0]["trajectories"]]
+    [[0.0, 0.5], [0.0, -0.5]]
+    """
+    if method.channels:
+        names = ", ".join(sorted(method.channels))
+        raise UserError(
+            f"method {method.name} looks at the whole next-token distribution ({names}): log-probs of single tokens cannot show "
+            "what it does"
+        )
+    state = method.init() if given.state is None else given.state
+    groups = [_group(i, g) for i, g in enumerate(given.groups)]
+    kept = [(i, chosen) for i, g in enumerate(groups) if (chosen := _selected(method, g, state)) is not None]
+    answer: dict[str, Any] = {
+        "method": method.name,
+        "settings": dict(method.settings),
+        "loss": 0.0,
+        "terms": [{"name": t.name, "loss": 0.0, "denominator": 0.0, "tokens": 0} for t in method.terms],
+        "groups": [_nothing(g) for g in given.groups],
+    }
+    if not kept:
+        return answer
+    batch = to_batch([g for _, g in kept], step=given.step)
+    at = [(i, t.policy_version) for i, g in kept for t in g.trajectories]  # where each row comes from
+    rows = [given.groups[i].trajectories[k] for i, k in at]
+    batch = replace(batch, reward=batch.reward.double(), advantage=batch.advantage.double())
+    batch = _with_columns(method, batch, at, rows)
+    logp = _rectangle(batch, [t.logp for t in rows])
+    batch = with_advantage(batch, method.advantage(batch))
+    return {**answer, **_worked_out(method, batch, logp, at, rows, answer)}
+
+
+def _worked_out(
+    method: Method,
+    batch: Batch,
+    logp: Tensor,
+    at: Sequence[tuple[int, int]],
+    rows: Sequence[GivenTrajectory],
+    answer: dict[str, Any],
+) -> dict[str, Any]:
+    leaf = torch.where(batch.trained, logp, torch.zeros_like(logp)).requires_grad_()
+    channels = {"entropy": batch.columns["entropy"].nan_to_num()} if "entropy" in batch.columns else {}
+    counts = count(method.terms, batch, groups=len(torch.unique(batch.group)))
+    total, terms = torch.zeros((), dtype=torch.float64), []
+    for term in method.terms:
+        part = term_loss(term, Scores(leaf, channels), batch, counts)
+        loss = 0.0 if part is None else part.logged
+        terms.append({"name": term.name, "loss": loss, "denominator": counts[term.name], "tokens": int(term.on(batch).sum())})
+        if part is not None:
+            total = total + part.loss
+    weights = torch.zeros_like(leaf)
+    if total.requires_grad:
+        (gradient,) = torch.autograd.grad(total, leaf)
+        weights = -gradient
+    groups = answer["groups"]
+    for r, ((i, k), t) in enumerate(zip(at, rows, strict=True)):
+        groups[i]["selected"] = groups[i]["trajectories"][k]["selected"] = True
+        groups[i]["advantage"][k] = _credit(batch.advantage[r], batch.trained[r], len(t.source))
+        groups[i]["trajectories"][k]["weights"] = (weights[r, : len(t.source)] + 0.0).tolist()
+    return {"loss": sum(t["loss"] for t in terms), "terms": terms, "groups": groups}
+
+
+def _credit(advantage: Tensor, trained: Tensor, length: int) -> Any:
+    """One number where all trained tokens have the same, else one per token; None where it is unknown."""
+    own = advantage[trained]
+    if not len(own) or bool(torch.isnan(own).all()):
+        return None
+    if bool((own == own[0]).all()):
+        return float(own[0])
+    return [
+        float(a) if bool(t) and not math.isnan(float(a)) else None
+        for a, t in zip(advantage[:length], trained[:length], strict=True)
+    ]
+
+
+def _nothing(group: GivenGroup) -> dict[str, Any]:
+    """What a group that the method drops is shown as."""
+    trajectories = [{"selected": False, "weights": [0.0] * len(t.source)} for t in group.trajectories]
+    return {"advantage": [None] * len(group.trajectories), "selected": False, "trajectories": trajectories}
+
+
+def _group(index: int, given: GivenGroup) -> Group:
+    trajectories = []
+    for k, t in enumerate(given.trajectories):
+        where = f"groups.{index}.trajectories.{k}"
+        for name in ("logp", *PER_TOKEN):
+            values = getattr(t, name)
+            if values is not None and len(values) != len(t.source):
+                raise UserError(
+                    f"{where}.{name}: got {len(values)} numbers for {len(t.source)} tokens; give one per entry of `source`"
+                )
+        high = [i for i, (x, s) in enumerate(zip(t.logp, t.source, strict=True)) if s != "prompt" and x > 0]
+        if high:
+            raise UserError(f"{where}.logp.{high[0]}: got {t.logp[high[0]]}; a log-prob is at most 0")
+        source = tuple(Source[s.upper()] for s in t.source)
+        if source[0] != Source.PROMPT:
+            raise UserError(
+                f"{where}.source.0: got {t.source[0]!r}; the first token is one of the prompt's, which nothing predicts"
+            )
+        # the version says which trajectory this is, whatever select makes of the group
+        tokens = tuple(range(len(source)))
+        trajectories.append(Trajectory(tokens, source, reward=t.reward, finished=t.finished, greedy=t.greedy, policy_version=k))
+    expert = tuple(t for t in trajectories if t.wrote(Source.EXPERT) and not t.wrote(Source.POLICY))
+    prompt = trajectories[0].tokens[: trajectories[0].response_start]
+    return Group(Example(given.id or str(index), "", prompt, expert), tuple(trajectories), given.stream)
+
+
+def _selected(method: Method, group: Group, state: Mapping[str, Any]) -> Group | None:
+    known = with_known_rewards(group)
+    return None if known is None else method.select(known, state)
+
+
+def _with_columns(method: Method, batch: Batch, at: Sequence[tuple[int, int]], rows: Sequence[GivenTrajectory]) -> Batch:
+    """The batch with what the trajectories bring and what the method makes of it."""
+    built = set(method.columns)
+    for name in PER_TOKEN:
+        lists = [getattr(t, name) for t in rows]
+        absent = [f"groups.{i}.trajectories.{k}" for (i, k), values in zip(at, lists, strict=True) if values is None]
+        if name in method.needs and name != "old_logp" and absent:
+            raise UserError(f"method {method.name} needs `{name}`, which is absent from {', '.join(absent[:5])}")
+        if absent and len(absent) < len(rows):
+            raise UserError(
+                f"`{name}` is in some trajectories and absent from {', '.join(absent[:5])}; give it everywhere or nowhere"
+            )
+        if not absent:
+            batch = batch.with_columns(**{name: _rectangle(batch, [x or [] for x in lists])})
+    missing = method.needs - built - set(batch.columns) - {"old_logp"}
+    if missing:
+        raise UserError(f"method {method.name} needs {', '.join(sorted(missing))}, which cannot be given here")
+    logp = _rectangle(batch, [t.logp for t in rows]).nan_to_num()
+
+    def score(other: Batch) -> Scores:
+        if other is not batch and other.tokens.shape != batch.tokens.shape:
+            raise UserError(
+                f"method {method.name} scores sequences that are not in the batch; log-probs of these are not given"
+            )
+        entropy = batch.columns.get("entropy")
+        return Scores(logp, {} if entropy is None else {"entropy": entropy.nan_to_num()})
+
+    for name, build in method.columns.items():
+        try:
+            batch = batch.with_columns(**{name: build(score, batch)})
+        except KeyError as error:  # a channel that the trajectories did not bring
+            raise UserError(f"method {method.name} needs `{error.args[0]}`, which is absent from the trajectories") from error
+    return batch
+
+
+def _rectangle(batch: Batch, lists: Sequence[Sequence[float]]) -> Tensor:
+    """[B, T] in fp64, NaN wherever nothing is trained."""
+    whole = torch.full(batch.tokens.shape, math.nan, dtype=torch.float64)
+    for r, values in enumerate(lists):
+        whole[r, : len(values)] = torch.tensor(values, dtype=torch.float64)
+    return torch.where(batch.trained, whole, torch.full_like(whole, math.nan))
