@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from crosstrain import __version__
 from crosstrain.cli import main
 from crosstrain.errors import UserError
 from crosstrain.methods import METHODS, load_method
+from crosstrain.methods.describe import on_what, record
 
 RECIPE = "data: rows.jsonl\nmethod: sft\nlearning_rate: 1e-5\nmax_steps: 1\n"
 
@@ -57,7 +59,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "r.yaml", "--otu", "x"], "No such option: --otu"),
         (["train", "no.yaml"], "no.yaml: no such file"),
         (["study", "no.yaml"], "no.yaml: no such file"),
-        (["methods", "gropo"], "unknown method 'gropo'; did you mean 'grpo'?"),
+        (["methods", "show", "gropo"], "unknown method 'gropo'; did you mean 'grpo'?"),
+        (["methods", "shwo"], "No such command 'shwo'. Did you mean 'show'?"),
         (["data", "chek"], "No such command 'chek'. Did you mean 'check'?"),
         (["sample", "m", "--temperature", "hot"], "Invalid value for '--temperature'"),
         (["eval", "nowhere"], "nowhere is no run, so it brings no evaluation"),
@@ -129,12 +132,39 @@ def test_a_closed_pipe_is_no_error() -> None:
 
 
 def test_methods_lists_every_method_with_its_paper(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["methods"]) == 0
     listed = capsys.readouterr().out
     for name, entry in METHODS.items():
         assert name in listed
-        assert entry.paper in listed
+        assert entry.paper in listed and entry.checked.split()[0] in listed
+    assert main(["methods", "--json"]) == 0
+    records = json.loads(capsys.readouterr().out)
+    assert [r["name"] for r in records] == list(METHODS)
+
+
+def test_a_methods_record_says_what_it_needs_and_where_it_is_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "show", "chord_phi", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    wanted = {"family": "hybrid", "direction": "SFT+RL", "data": "offline + online", "needs": ["demonstrations", "verifier"]}
+    assert {k: found[k] for k in wanted} == wanted
+    assert (found["paper"], found["year"], found["checked"]) == ("arXiv:2508.11408", 2025, "official source")
+    assert [t["coefficient"] for t in found["terms"]] == ["schedule", "schedule"] and found["settings"]["mu"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "needs"),
+    [
+        ("sft", "offline", ["demonstrations"]),
+        ("dpo", "offline", ["preferences", "reference model"]),
+        ("simpo", "offline", ["preferences"]),
+        ("grpo", "online", ["verifier", "reference model"]),
+        ("reinforce", "online", ["verifier"]),
+    ],
+)
+def test_what_a_method_asks_of_a_run(name: str, data: str, needs: list[str]) -> None:
+    found = record(name)
+    assert (found["data"], found["needs"]) == (data, needs)
 
 
 @pytest.mark.parametrize("name", sorted(METHODS))
@@ -158,8 +188,6 @@ def test_methods_shows_the_terms_and_settings_of_each(name: str) -> None:
     [("sft", ["expert"]), ("grpo", ["policy", "policy"]), ("luffy", ["policy", "expert"]), ("raft", ["policy"])],
 )
 def test_whose_tokens_a_term_is_on(name: str, on: list[str]) -> None:
-    from crosstrain.cli_methods import on_what
-
     assert [on_what(term) for term in load_method(name).terms] == on
 
 

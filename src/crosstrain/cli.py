@@ -21,10 +21,13 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at data before training on it.")
 app.add_typer(data_app, name="data")
+methods_app = typer.Typer(help="List the methods, or show one.")
+app.add_typer(methods_app, name="methods")
 
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. stages.0.learning_rate=1e-5.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan and what it will take, and stop.")]
 ModelOrRun = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN", help="Bundled name, model folder, hub id, or run folder.")]
@@ -200,15 +203,24 @@ def data_check(
     check(file, model, max_prompt_length=max_prompt_length, max_length=max_length)
 
 
-@app.command()
-def methods(
-    name: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
+@methods_app.callback(invoke_without_command=True)
+def _methods(ctx: typer.Context, as_json: AsJson = False) -> None:
+    if ctx.invoked_subcommand is None:
+        from crosstrain.cli_methods import print_all
+
+        print_all(as_json=as_json)
+
+
+@methods_app.command(name="show")
+def methods_show(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A method's name, or my_file.py:my_function.")],
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List the methods, or show one: its paper, terms and settings."""
-    from crosstrain.cli_methods import print_all, print_one
+    """Show one method: what it does, its terms, settings and paper."""
+    from crosstrain.cli_methods import print_one
 
-    print_all() if name is None else print_one(name)
+    print_one(name, as_json=as_json)
 
 
 @app.command()

@@ -15,7 +15,7 @@ from crosstrain.objective.terms import by, seq_mean, surrogate
 from crosstrain.types import Batch, Method, Per, Scores, Source, Updates, Value
 
 
-@method(paper="arXiv:2506.13585", family="reinforcement learning")
+@method(paper="arXiv:2506.13585", family="reinforcement learning", checked="port")
 def cispo(
     num_generations: int = 8,
     epsilon_high: float = 5.0,
@@ -58,7 +58,7 @@ def cispo(
     )
 
 
-@method(paper="arXiv:2511.20347", family="reinforcement learning")
+@method(paper="arXiv:2511.20347", family="reinforcement learning", checked="port")
 def sapo(
     num_generations: int = 8,
     temperature_pos: float = 1.0,

@@ -26,7 +26,7 @@ def dpo(beta: float = 0.1, label_smoothing: float = 0.0) -> Method:
     return Method(terms=(term,), plan=preference_pairs(), reference="stage_start")
 
 
-@method(paper="arXiv:2404.19733", family="preference")
+@method(paper="arXiv:2404.19733", family="preference", checked="port")
 def dpo_nll(beta: float = 0.1, nll_coef: float = 1.0) -> Method:
     """DPO with the chosen answer's likelihood beside it (iterative reasoning preference optimisation, RPO).
 
@@ -46,7 +46,7 @@ def dpo_nll(beta: float = 0.1, nll_coef: float = 1.0) -> Method:
     )
 
 
-@method(paper="arXiv:2310.12036", family="preference")
+@method(paper="arXiv:2310.12036", family="preference", checked="port")
 def ipo(tau: float = 0.1, average: bool = False) -> Method:
     """IPO: a margin that is to be 1 / (2 tau), and no larger.
 

@@ -38,7 +38,7 @@ def gem(beta: float = 0.7, h: Literal["logsigmoid", "linear"] = "logsigmoid") ->
     return Method(terms=(term,), plan=demonstrations(), advantage=ones, channels={name: _gem(beta, h == "linear")})
 
 
-@method(paper="arXiv:2509.26313", family="supervised")
+@method(paper="arXiv:2509.26313", family="supervised", checked="reconstructed")
 def otr(beta: float = -0.1, temperature: float = 1.3) -> Method:
     """OTR (one-token rollout), in expectation: at every position of the demonstration, one token of its own is rewarded.
 

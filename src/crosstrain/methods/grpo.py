@@ -15,7 +15,7 @@ from crosstrain.types import Method, Per, Source, Term, Updates, keep
 Average = Literal["sequences", "tokens", "constant"]
 
 
-@method(paper="arXiv:2402.03300", family="reinforcement learning")
+@method(paper="arXiv:2402.03300", family="reinforcement learning", checked="port")
 def grpo(
     num_generations: int = 8,
     beta: float = 0.04,

@@ -15,7 +15,7 @@ from crosstrain.objective.terms import by, surrogate
 from crosstrain.types import Batch, Method, Per, Scores, Source, Updates, Value
 
 
-@method(paper="arXiv:2504.14945", family="hybrid")
+@method(paper="arXiv:2504.14945", family="hybrid", direction="(SFT ->) RL")
 def luffy(
     num_generations: int = 7,
     gamma: float = 0.1,

@@ -21,7 +21,7 @@ LOWEST = 0.02
 LARGEST_LOG_RATIO = 10.0
 
 
-@method(paper="arXiv:2505.18116", family="supervised")
+@method(paper="arXiv:2505.18116", family="supervised", direction="(SFT ->) RL")
 def nft(
     num_generations: int = 16,
     weight: Literal["centred", "normalised", "none"] = "centred",

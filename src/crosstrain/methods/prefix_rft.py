@@ -21,7 +21,7 @@ TAUGHT = "taught"
 """The column that says which tokens of a prefix are trained on: 1, else 0."""
 
 
-@method(paper="arXiv:2507.01679", family="hybrid")
+@method(paper="arXiv:2507.01679", family="hybrid", checked="reconstructed")
 def prefix_rft(
     num_generations: int = 8,
     entropy_share: float = 0.2,

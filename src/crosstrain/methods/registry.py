@@ -9,22 +9,40 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from crosstrain.errors import UserError, nearest
 from crosstrain.types import Method
 
 Factory = Callable[..., Method]
 
+Family = Literal["supervised", "rejection sampling", "preference", "reinforcement learning", "hybrid"]
+
+Checked = Literal["official source", "port", "paper", "reconstructed"]
+"""What a method was written from: its authors' code, a framework's, the paper alone, or descriptions by others."""
+
+DIRECTIONS: dict[Family, str] = {
+    "supervised": "(RL ->) SFT",
+    "rejection sampling": "(RL ->) SFT",
+    "preference": "preference",
+    "reinforcement learning": "(SFT ->) RL",
+    "hybrid": "SFT+RL",
+}
+"""Where the survey (arXiv:2603.13985, Table 1) puts a family: what helps what."""
+
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered method: its factory, where it was published, and the family it is listed under."""
+    """A registered method: its factory, where it was published, the family it is listed under, what helps what in it, and what it
+    was written from."""
 
     name: str
     factory: Factory
     paper: str
-    family: str
+    family: Family
+    direction: str
+    checked: Checked
+    year: int
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -35,8 +53,19 @@ class Entry:
 METHODS: dict[str, Entry] = {}
 
 
-def method(*, paper: str, family: str) -> Callable[[Factory], Factory]:
-    """Register a factory under its own name, and let what it makes record that name and all its settings."""
+def method(
+    *,
+    paper: str,
+    family: Family,
+    checked: Checked = "official source",
+    direction: str | None = None,
+    year: int | None = None,
+) -> Callable[[Factory], Factory]:
+    """Register a factory under its own name, and let what it makes record that name and all its settings.
+
+    direction: the family's, unless given. year: that of the arXiv number, unless given.
+    """
+    when = year if year is not None else 2000 + int(paper.removeprefix("arXiv:")[:2])
 
     def register(factory: Factory) -> Factory:
         signature = inspect.signature(factory)
@@ -47,7 +76,7 @@ def method(*, paper: str, family: str) -> Callable[[Factory], Factory]:
             bound.apply_defaults()
             return replace(factory(**settings), name=factory.__name__, settings=dict(bound.arguments), paper=paper)
 
-        METHODS[factory.__name__] = Entry(factory.__name__, make, paper, family)
+        METHODS[factory.__name__] = Entry(factory.__name__, make, paper, family, direction or DIRECTIONS[family], checked, when)
         return make
 
     return register

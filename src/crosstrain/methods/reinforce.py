@@ -11,7 +11,7 @@ from crosstrain.objective.terms import by, nll, ppo_loss, reinforce_loss, surrog
 from crosstrain.types import Group, Method, Per, Source, State, Updates
 
 
-@method(paper="doi:10.1007/BF00992696", family="reinforcement learning")
+@method(paper="doi:10.1007/BF00992696", family="reinforcement learning", checked="paper", year=1992)
 def reinforce(num_generations: int = 1) -> Method:
     """REINFORCE: raise the log-probability of each completion in proportion to its reward, without a baseline.
 
@@ -23,7 +23,7 @@ def reinforce(num_generations: int = 1) -> Method:
     return Method(terms=(term,), plan=rollouts(num_generations), advantage=raw_reward)
 
 
-@method(paper="arXiv:2402.14740", family="reinforcement learning")
+@method(paper="arXiv:2402.14740", family="reinforcement learning", checked="port")
 def rloo(num_generations: int = 4) -> Method:
     """RLOO: REINFORCE with the mean reward of the group's other completions as baseline.
 

@@ -15,7 +15,7 @@ from crosstrain.objective.terms import by, kl, ppo_loss, surrogate
 from crosstrain.types import Batch, Method, Per, Source, Term, Updates
 
 
-@method(paper="arXiv:2501.03262", family="reinforcement learning")
+@method(paper="arXiv:2501.03262", family="reinforcement learning", checked="port")
 def reinforce_pp(num_generations: int = 1, epsilon: float = 0.2, num_iterations: int = 1, minibatches: int = 1) -> Method:
     """REINFORCE++: PPO's loss with the reward, normalised over the step, as every token's advantage.
 
@@ -28,7 +28,7 @@ def reinforce_pp(num_generations: int = 1, epsilon: float = 0.2, num_iterations:
     return _made(raw_reward, num_generations, epsilon, 0.0, Updates(num_iterations, minibatches))
 
 
-@method(paper="arXiv:2501.03262", family="reinforcement learning")
+@method(paper="arXiv:2501.03262", family="reinforcement learning", checked="port")
 def reinforce_pp_baseline(
     num_generations: int = 8, epsilon: float = 0.2, beta: float = 0.0, num_iterations: int = 1, minibatches: int = 1
 ) -> Method:

@@ -15,7 +15,7 @@ from crosstrain.objective.terms import by, surrogate
 from crosstrain.types import Batch, Method, Per, Scores, Source, Updates
 
 
-@method(paper="arXiv:2508.00222", family="hybrid")
+@method(paper="arXiv:2508.00222", family="hybrid", direction="(SFT ->) RL")
 def rl_plus(num_generations: int = 7, power: float = 0.5, num_iterations: int = 1, minibatches: int = 1) -> Method:
     """RL-PLUS: own rollouts and a demonstration in one group, with multiple importance sampling on the demonstration.
 

@@ -17,7 +17,7 @@ from crosstrain.objective.terms import by, nll, of_channel, seq_mean, surrogate,
 from crosstrain.types import Batch, Method, Per, Scores, Source
 
 
-@method(paper="arXiv:2109.01652", family="supervised")
+@method(paper="arXiv:2109.01652", family="supervised", checked="port", direction="SFT")
 def sft(
     average: Literal["tokens", "sequences"] = "tokens", label_smoothing: float = 0.0, neftune_noise_alpha: float = 0.0
 ) -> Method:

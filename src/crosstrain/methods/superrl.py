@@ -14,7 +14,7 @@ from crosstrain.objective.terms import by, group_mean, nll, ppo_loss, seq_mean, 
 from crosstrain.types import Group, Method, Per, Source, State, Updates
 
 
-@method(paper="arXiv:2506.01096", family="hybrid")
+@method(paper="arXiv:2506.01096", family="hybrid", checked="reconstructed", direction="(SFT ->) RL")
 def superrl(
     trigger: Literal["rewards", "advantages"] = "rewards",
     num_generations: int = 8,
@@ -64,7 +64,7 @@ def superrl(
     )
 
 
-@method(paper="arXiv:2506.01096", family="reinforcement learning")
+@method(paper="arXiv:2506.01096", family="reinforcement learning", checked="paper")
 def drop_dead(num_generations: int = 8, epsilon: float = 0.2, num_iterations: int = 1, minibatches: int = 1) -> Method:
     """GRPO without the prompts whose rewards are all equal: the baseline that a reviewer of SuperRL missed.
 
