@@ -33,6 +33,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("gem", {"h": "linear"}),
     ("superrl", {"trigger": "advantages", "num_iterations": 2}),
     ("reinforce_pp_baseline", {"beta": 0.1}),
+    ("grpo", {"off_policy_correction": "truncate", "num_generations": 4}),
+    ("grpo", {"off_policy_correction": "sequence_mask", "dual_clip": 3.0, "num_iterations": 2, "num_generations": 4}),
     ("nft", {"weight": "normalised", "constant": 16.0, "num_generations": 4}),
     ("prefix_rft", {"max_completion_length": 8, "num_generations": 4}),
     ("chord_mu", {"rollouts_from": "train", "demonstrations_from": "train"}),

@@ -162,6 +162,52 @@ def test_logged_min_form_and_trained_gate_have_one_gradient() -> None:
     assert float(found[0].abs().sum()) > 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "factors"),
+    [
+        ({"off_policy_correction": "truncate"}, [[2, 0.4, 1], [2, 0, 0]]),
+        ({"off_policy_correction": "mask", "correction_cap": 5.0}, [[3, 0, 1], [2, 0, 0]]),
+        ({"off_policy_correction": "sequence_mask", "correction_cap": 1.5}, [[1.2, 1.2, 1.2], [0, 0, 0]]),
+    ],
+    ids=lambda x: str(x.get("off_policy_correction")) if isinstance(x, dict) else "",
+)
+def test_corrections_of_the_samplers_probabilities_by_hand(settings: dict[str, object], factors: list[list[float]]) -> None:
+    """w = old / sampler is 3, 0.4 and 1 in the right answer, 2 in the wrong one; their product is 1.2 and 2."""
+    method = load_method("grpo", beta=0.0, **settings)
+    w = tensor([[3.0, 0.4, 1.0], [2.0, 1.0, 1.0]])
+    batch = prepared(method, ROLLOUTS, old_logp=LOGP, behaviour_logp=LOGP - w.log())
+    found = weights_of(method, batch, LOGP)
+    plain = weights_of(load_method("grpo", beta=0.0), batch, LOGP)
+    torch.testing.assert_close(found.weights, plain.weights * tensor(factors))
+    assert found.logged == pytest.approx(-float((plain.weights * tensor(factors)).sum()))
+    once = prepared(method, ROLLOUTS, behaviour_logp=LOGP - w.log())
+    torch.testing.assert_close(weights_of(method, once, LOGP).weights, found.weights)  # one update: old is the current policy
+
+
+def test_dual_clip_bounds_a_wrong_answers_loss_by_hand() -> None:
+    """The wrong answer's ratio is 4: its loss is 3 A in place of 4 A, and its gradient stops."""
+    ratios = tensor([[1.0, 1.0, 1.0], [4.0, 1.0, 1.0]])
+    outcomes = []
+    for dual in (None, 3.0):
+        method = load_method("grpo", beta=0.0, dual_clip=dual)
+        outcomes.append(weights_of(method, prepared(method, ROLLOUTS, old_logp=LOGP - ratios.log()), LOGP))
+    assert [o.logged for o in outcomes] == pytest.approx([(-A + 4 * A) / 2, (-A + 3 * A) / 2])
+    assert outcomes[0].weights[1, 0] == pytest.approx(-4 * A / 2) and outcomes[1].weights[1, 0] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"off_policy_correction": "tis"}, "off_policy_correction: got 'tis'; allowed: none, truncate, mask, sequence_mask"),
+        ({"off_policy_correction": "mask", "correction_cap": 0.2}, "cap must be positive and lowest below it"),
+        ({"dual_clip": 1.0}, "it must be above 1"),
+    ],
+)
+def test_corrections_that_make_no_sense_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_method("grpo", **settings)
+
+
 def test_dr_grpo_advantage_is_grpos_times_the_std() -> None:
     groups = random_groups(4, own=5)
     scaled, plain = (prepared(load_method(n), groups) for n in ("grpo", "dr_grpo"))

@@ -13,7 +13,8 @@ from worked import Line, Paper, agrees, answer, group, prepared, random_groups, 
 
 from crosstrain.errors import UserError
 from crosstrain.methods import load_method
-from crosstrain.types import Example, Group, Source, Trajectory
+from crosstrain.objective.reduce import count, term_loss
+from crosstrain.types import Example, Group, Scores, Source, Trajectory
 
 LN2 = math.log(2)
 A = 0.5 / (math.sqrt(0.5) + 1e-6)
@@ -262,6 +263,8 @@ def test_prefix_rft_teaches_the_tokens_it_is_least_sure_of() -> None:
         ("chord_phi", {"demonstration_share": 1.0}, "demonstration_share: got 1.0"),
         ("superrl", {"trigger": "loss"}, "trigger: got 'loss'; allowed: rewards, advantages"),
         ("rl_plus", {"power": 0.0}, "power=0.0; it must be positive"),
+        ("hpt_soft", {"num_generations": 4}, "the table of coefficients is for 8"),
+        ("srft", {"sft_coef": -0.5}, "both must be 0 or positive"),
         ("uft", {"lowest": 0.9, "highest": 0.1}, "lowest not above highest"),
         ("uft", {"hint_coef": -1.0}, "both must be 0 or positive"),
         ("prefix_rft", {"num_generations": 1}, "it must be at least 2"),
@@ -284,3 +287,92 @@ def test_published_weight_of_a_token() -> None:
     own = torch.where(closed, 0.0, ratio * a) * 0.6 / int((live & ~expert).sum())
     expected = torch.where(expert, 0.4 / int(expert.sum()), torch.where(live, own, 0.0))
     torch.testing.assert_close(weights_of(method, batch, logp).weights, expected, rtol=0, atol=1e-12)
+
+
+# --- HPT's soft form, SRFT -----------------------------------------------------------------------------------------------
+
+
+def eight(solved: int) -> Group:
+    return group(answer("EE", 1.0), *(answer("O", float(i < solved)) for i in range(8)), name=str(solved))
+
+
+TABLE = [(0, 0, 1), (1, 0, 1), (2, 1 / 8, 1 / 2), (4, 1 / 2, 1 / 8), (5, 1, 0), (8, 1, 0)]
+
+
+@pytest.mark.parametrize(("solved", "own", "demo"), TABLE)
+def test_hpt_soft_by_hand(solved: int, own: float, demo: float) -> None:
+    """One group: b / 2 on each of the demonstration's tokens, a (R - solved / 8) / 8 on each rollout's."""
+    method = load_method("hpt_soft")
+    found = weights_of(method, prepared(method, [eight(solved)]), torch.full((9, 2), -1.0))
+    expected = [[demo / 2, demo / 2]] + [[own * (float(i < solved) - solved / 8) / 8, 0] for i in range(8)]
+    torch.testing.assert_close(found.weights, of(expected))
+    assert found.logged == pytest.approx(demo)  # -log pi is 1; what rollouts add is 0, for their advantages do
+
+
+def hpt_soft_paper(groups: list[list[Line]]) -> Tensor:
+    """arXiv:2509.04419 with the second table of coefficients in its code; each group counts once."""
+    table = {0: (0, 1), 1: (0, 1), 2: (0.125, 0.5), 3: (0.25, 0.25), 4: (0.5, 0.125)}
+    losses = []
+    for g in groups:
+        own = [line for line in g if not line.expert]
+        [demo] = [line for line in g if line.expert]
+        a, b = table.get(sum(line.reward > 0 for line in own), (1, 0))
+        mean, tokens = statistics.fmean(line.reward for line in own), sum(map(len, own))
+        rl = sum(-(line.reward - mean) * x for line in own for x in line.logp) / tokens
+        losses.append(a * rl - b * sum(demo.logp) / len(demo))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_hpt_softs_second_implementation(seed: int) -> None:
+    agrees(load_method("hpt_soft"), hpt_soft_paper, random_groups(seed, own=8, demonstration=True), seed)
+
+
+def srft_weights(logp: Tensor, entropy: Tensor, groups: list[Group]) -> Tensor:
+    method = load_method("srft")
+    batch = prepared(method, groups)
+    leaf = torch.nn.functional.pad(logp, (1, 0)).requires_grad_()
+    channel = torch.nn.functional.pad(entropy, (1, 0)).requires_grad_()
+    counts = count(method.terms, batch, groups=len(groups))
+    parts = [term_loss(t, Scores(leaf, {"entropy": channel}), batch, counts) for t in method.terms]
+    loss = sum(p.loss for p in parts if p is not None)
+    assert not isinstance(loss, int)
+    of_logp, of_entropy = torch.autograd.grad(loss, (leaf, channel), allow_unused=True)
+    assert of_entropy is None, "entropy is a weight and no aim"
+    return -of_logp[:, 1:]
+
+
+def test_srft_by_hand() -> None:
+    """Entropies of ln 2 and 3 ln 2 in the demonstration: exp(-2 ln 2) = 1/4, half of it, over two tokens; its probabilities are
+    1/2. Rewards 1, 1, 0: A = 1/3 / sqrt(1/3). A right answer of entropy ln 3 counts 0.3, a wrong one -1; one token each."""
+    groups = [group(answer("EE", 1.0), answer("O", 1.0), answer("O", 0.0))]
+    found = srft_weights(of([[0.5, 0.5], [0.5, 1], [0.5, 1]]).log(), of([[LN2, 3 * LN2], [math.log(3), 0], [5, 0]]), groups)
+    a = 1 / 3 / (math.sqrt(1 / 3) + 1e-6)
+    demo = 0.5 / 4 / 2 + a * 0.5 / 2
+    torch.testing.assert_close(found, of([[demo, demo], [0.3, 0], [-1, 0]]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_srfts_second_implementation(seed: int) -> None:
+    """arXiv:2506.19767 eq. 6 to 10, token by token."""
+    groups = random_groups(seed, own=4, demonstration=True)
+    logp, batch = random_logps(load_method("luffy"), groups, seed)
+    entropy = 2 * torch.rand(logp.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    live = batch.trained[:, 1:]
+    expert = (batch.source == int(Source.EXPERT)).any(dim=1)
+    right = ~expert & (batch.reward > 0)
+    kinds = {"demo": expert, "right": right, "wrong": ~expert & ~right}
+    sizes = {kind: int(live[rows].sum()) for kind, rows in kinds.items()}
+    expected = torch.zeros_like(logp)
+    for r in range(len(batch)):
+        own = batch.reward[batch.group == batch.group[r]]
+        a = float((batch.reward[r] - own.mean()) / (own.std() + 1e-6))
+        h = float(entropy[r][live[r]].mean())
+        for t in torch.nonzero(live[r]).flatten().tolist():
+            if expert[r]:
+                expected[r, t] = (0.5 * math.exp(-h) + a * math.exp(float(logp[r, t]))) / sizes["demo"]
+            elif batch.reward[r] > 0:
+                expected[r, t] = 0.1 * math.exp(h) / sizes["right"]
+            else:
+                expected[r, t] = -1 / sizes["wrong"]
+    torch.testing.assert_close(srft_weights(logp, entropy, groups), expected, rtol=0, atol=1e-10)

@@ -111,6 +111,8 @@ AIDED: list[tuple[str, dict[str, Any]]] = [
     ("superrl", {}),
     ("superrl", {"trigger": "advantages"}),
     ("rl_plus", {}),
+    ("srft", {}),
+    ("hpt_soft", {}),
     ("uft", {"hint_coef": 0.1, "hint_steps": 60}),
     (
         "prefix_rft",

@@ -8,7 +8,7 @@ from crosstrain.methods.plans import drop_equal_rewards, rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import centred, group_normalised
 from crosstrain.objective.denominators import old
-from crosstrain.objective.gates import ppo_clip
+from crosstrain.objective.gates import Correction, correction, ppo_clip
 from crosstrain.objective.terms import by, kl, ppo_loss, seq_mean, surrogate, token_sum
 from crosstrain.types import Method, Per, Source, Term, Updates, keep
 
@@ -27,6 +27,10 @@ def grpo(
     num_iterations: int = 1,
     minibatches: int = 1,
     dynamic_sampling: int = 1,
+    dual_clip: float | None = None,
+    off_policy_correction: Correction = "none",
+    correction_cap: float = 2.0,
+    correction_lowest: float = 0.5,
 ) -> Method:
     """GRPO: each completion against the others of its group.
 
@@ -38,7 +42,12 @@ def grpo(
     scale_rewards: "none" only centres (Dr. GRPO). average: "sequences" is the paper's; "tokens" divides by all tokens of the
     step (DAPO); "constant" by sequences times max_completion_length (Dr. GRPO). num_iterations, minibatches: inner
     updates per collected batch; with one, r = 1 and the clip is inert. dynamic_sampling: up to that many draws per step to
-    replace groups whose rewards are all equal (1: keep them, as the paper does).
+    replace groups whose rewards are all equal (1: keep them, as the paper does). dual_clip: for A < 0 the loss is at most
+    -dual_clip A.
+    off_policy_correction: what the policy term is multiplied with, without gradient, where the sampler's probabilities differ from
+    the trainer's, w = pi_old / pi_sampler: "truncate" min(w, correction_cap) (TIS); "mask" w within [correction_lowest,
+    correction_cap] and 0 outside (IcePop; 0.5 and 5 there); "sequence_mask" the product over a sequence, 0 above the cap (TRL;
+    3 there). In one process w is 1 but for rounding.
     TRL's GRPO differs in its defaults: beta 0, DAPO's token average, and a KL term multiplied by r (use_bias_correction_kl).
     """
     _check(beta, scale_rewards, average, max_completion_length, dynamic_sampling)
@@ -49,18 +58,21 @@ def grpo(
         "tokens": Per(("own_tokens",)),
         "constant": Per(("sequences",), constant=float(max_completion_length or 1)),
     }[average]
-    on = by(Source.POLICY)
+    on, weight = by(Source.POLICY), None
+    if off_policy_correction != "none":
+        weight = correction(off_policy_correction, correction_cap, correction_lowest)
     terms: list[Term] = [
         surrogate(
             "rl",
             on=on,
             per=per,
             denominator=old,
-            gate=ppo_clip(epsilon, high),
+            gate=ppo_clip(epsilon, high, dual_clip),
+            corrected=weight,
             normalise=normalise,
-            logged=ppo_loss(old, epsilon, high, normalise),
-            needs=frozenset({"old_logp"}),
-            describe="max(-A r, -A clip(r)), r = pi / old",
+            logged=ppo_loss(old, epsilon, high, normalise, dual_clip, weight),
+            needs=frozenset({"old_logp"}) if weight is None else frozenset({"old_logp", "behaviour_logp"}),
+            describe="max(-A r, -A clip(r)), r = pi / old" + ("" if weight is None else ", times w"),
         )
     ]
     if beta > 0:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 from crosstrain.methods.plans import rollouts
 from crosstrain.methods.registry import method
-from crosstrain.objective.advantages import centred
+from crosstrain.objective.advantages import centred, centred_on, mean_over
 from crosstrain.objective.terms import by, group_mean, nll, reinforce_loss, surrogate
-from crosstrain.types import Group, Method, Per, Source, State
+from crosstrain.types import Batch, Group, Method, Per, Source, State
 
 
 @method(paper="arXiv:2509.04419", family="hybrid")
@@ -50,3 +55,60 @@ def hpt(num_generations: int = 8, gate: int = 0, sft_coef: float = 1.0, solved_a
         select=switch,
         advantage=centred,
     )
+
+
+SOFT = ((0.0, 1.0), (0.0, 1.0), (0.125, 0.5), (0.25, 0.25), (0.5, 0.125))
+"""Of rollouts and of the demonstration by the number of solved rollouts, 0 to 4; from 5 on rollouts alone. The authors' second
+table."""
+
+
+@method(paper="arXiv:2509.04419", family="hybrid")
+def hpt_soft(num_generations: int = 8, solved_above: float = 0.0) -> Method:
+    """HPT, soft form: per prompt both, weighted by how many rollouts are solved.
+
+    Loss: mean over groups of a times the mean over the group's own tokens of -A log pi, A = R - mean R of the rollouts, plus b
+    times the mean over the demonstration's tokens of -log pi. (a, b) is (0, 1) where at most one rollout is solved, then (1/8,
+    1/2), (1/4, 1/4) and (1/2, 1/8) for two, three and four, and (1, 0) from five on: the second of the tables in the authors'
+    code, made for eight rollouts. Weight on grad log pi: a A / (group tokens N_groups) on rollouts, b / (T N_groups) on the
+    demonstration.
+    """
+    if num_generations != 8:
+        raise ValueError(f"num_generations: got {num_generations}; the table of coefficients is for 8")
+
+    def credit(batch: Batch) -> Tensor:
+        own = (batch.source == int(Source.POLICY)).any(dim=1)
+        share = mean_over(batch, (batch.reward > solved_above).to(batch.reward), own)
+        a, b = (_by_solved(share * num_generations, i).to(batch.reward) for i in (0, 1))
+        return torch.where(own, a * centred_on(batch, own), b)
+
+    per = Per(("groups",))
+    return Method(
+        terms=(
+            surrogate(
+                "demo",
+                on=by(Source.EXPERT),
+                per=per,
+                normalise=group_mean,
+                unit="group",
+                logged=reinforce_loss(group_mean),
+                describe="-b log pi",
+            ),
+            surrogate(
+                "rl",
+                on=by(Source.POLICY),
+                per=per,
+                normalise=group_mean,
+                unit="group",
+                logged=reinforce_loss(group_mean),
+                describe="-a A log pi",
+            ),
+        ),
+        plan=rollouts(num_generations, with_demonstration=True),
+        advantage=credit,
+    )
+
+
+def _by_solved(solved: Tensor, which: int) -> Tensor:
+    """[B]: the coefficient of rollouts (0) or of the demonstration (1), by the number of solved rollouts."""
+    table: Sequence[float] = [pair[which] for pair in SOFT] + [1.0 - which]
+    return torch.tensor(table, dtype=torch.float64)[solved.round().long().clamp(max=len(table) - 1)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor
 
 from crosstrain.methods.plans import drop_equal_rewards, rollouts
 from crosstrain.methods.registry import method
-from crosstrain.objective.advantages import centred, ones
+from crosstrain.objective.advantages import mean_over, ones
 from crosstrain.objective.denominators import old
-from crosstrain.types import Batch, Method, Per, Scores, Source, Term, Updates, Value
+from crosstrain.types import Batch, Method, On, Per, Scores, Source, Term, Updates, Value
 
 LOWEST = 0.02
 """Share of right answers in a group, and of wrong ones, at least: the authors' code."""
@@ -53,11 +52,11 @@ def nft(
     per = Per((), constant=constant)
     needs = frozenset({"old_logp", "solved"})
     terms = [
-        Term("right", _right(weight), _own(right=True), per, needs=needs, describe="-w log(pi / old)"),
+        Term("right", _right(weight), own(right=True), per, needs=needs, describe="-w log(pi / old)"),
         Term(
             "wrong",
             _wrong(weight, floor),
-            _own(right=False),
+            own(right=False),
             per,
             negative,
             needs=needs,
@@ -76,12 +75,12 @@ def nft(
 
 def solved(score: Callable[[Batch], Scores], batch: Batch) -> Tensor:
     """[B]: the share of right answers in each row's group, within [0.02, 0.98]."""
-    right = (batch.reward > 0).to(batch.reward)
-    share = right - centred(replace(batch, reward=right))
-    return share.clamp(LOWEST, 1 - LOWEST)
+    share = mean_over(batch, (batch.reward > 0).to(batch.reward), torch.ones_like(batch.reward, dtype=torch.bool))
+    return share.clamp(LOWEST, 1 - LOWEST).to(batch.reward)
 
 
-def _own(right: bool) -> Callable[[Batch], Tensor]:
+def own(right: bool) -> On:
+    """Own tokens of right answers (reward above 0), or of wrong ones."""
     return lambda batch: batch.written_by(Source.POLICY) & ((batch.reward > 0) == right)[:, None]
 
 

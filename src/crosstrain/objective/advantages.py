@@ -40,9 +40,12 @@ def centred(batch: Batch, over: tuple[Source, ...] = (Source.EXPERT, Source.POLI
 
 def centred_on(batch: Batch, rows: Tensor) -> Tensor:
     """reward minus the mean reward of those of its group that are among `rows`, [B] bool; a group with none keeps a mean of 0."""
-    reward = _exact(batch.reward)
-    mean, _ = _group_mean_and_count(batch, reward, rows.cpu())
-    return (reward - mean).to(batch.reward)
+    return (_exact(batch.reward) - mean_over(batch, batch.reward, rows)).to(batch.reward)
+
+
+def mean_over(batch: Batch, values: Tensor, rows: Tensor) -> Tensor:
+    """[B] in fp64 on the CPU: the mean of `values` [B] over those of each row's group that are among `rows`, [B] bool; else 0."""
+    return _group_mean_and_count(batch, _exact(values), rows.cpu())[0]
 
 
 def group_normalised(batch: Batch, std_eps: float = 1e-6, over: tuple[Source, ...] = (Source.EXPERT, Source.POLICY)) -> Tensor:

@@ -6,6 +6,7 @@ ratio: exp(logp - log_den) of the term's denominator, [B, T]. on: the term's own
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -76,6 +77,36 @@ def unlikely(power: float = 0.5) -> Gate:
         return (-torch.expm1(logp)) ** power
 
     return gate
+
+
+Correction = Literal["none", "truncate", "mask", "sequence_mask"]
+
+
+def correction(kind: Correction, cap: float, lowest: float = 0.0) -> Callable[[Tensor, Batch, Tensor], Tensor]:
+    """What a policy loss is multiplied with where the sampler's probabilities are not the trainer's: `(logp, batch, on) -> [B,
+    T]`, from w = old / sampler, old being the current policy with one update per batch.
+
+    none: 1. truncate: min(w, cap), truncated importance sampling (TIS; verl's cap is 2). mask: w within [lowest, cap], else 0
+    (IcePop; 0.5 and 5). sequence_mask: the product of a sequence's w, 0 where it is above cap (TRL's default for vLLM; 3).
+    """
+    if kind not in ("none", "truncate", "mask", "sequence_mask"):
+        raise ValueError(f"off_policy_correction: got {kind!r}; allowed: none, truncate, mask, sequence_mask")
+    if cap <= 0 or not 0 <= lowest < cap:
+        raise ValueError(f"correction: got cap={cap}, lowest={lowest}; cap must be positive and lowest below it")
+
+    def weight(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
+        if kind == "none":
+            return torch.ones_like(logp)
+        apart = old(logp.detach(), batch, on) - batch.columns["behaviour_logp"].to(logp.dtype)
+        apart = torch.where(on, apart, torch.zeros_like(logp))
+        if kind == "sequence_mask":
+            apart = apart.sum(dim=1, keepdim=True).expand(logp.shape)
+        w = apart.exp()
+        if kind == "truncate":
+            return w.clamp(max=cap)
+        return torch.where((w <= cap) & (w >= (lowest if kind == "mask" else 0.0)), w, torch.zeros_like(w))
+
+    return weight
 
 
 def soft(positive: float = 1.0, negative: float = 1.05) -> Gate:

@@ -62,6 +62,7 @@ def surrogate(
     per: Per,
     denominator: Denominator = current,
     gate: Gate = always,
+    corrected: Callable[[Tensor, Batch, Tensor], Tensor] | None = None,
     normalise: Normalise = token_sum,
     coef: float | Schedule = 1.0,
     unit: Literal["token", "sequence", "group"] = "token",
@@ -71,20 +72,28 @@ def surrogate(
 ) -> Term:
     """A policy-gradient term: `-gate * exp(logp - log_den) * A` per token, [B, T].
 
-    The ratio's gradient flows through logp only: denominators, gates and advantages are detached here, once.
+    The ratio's gradient flows through logp only: denominators, gates and advantages are detached here, once. corrected: a further
+    factor without gradient (see `gates.correction`).
     """
 
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
         log_den = denominator(scores.logp.detach(), batch, on).detach()
         ratio = torch.exp(torch.where(on, scores.logp - log_den, torch.zeros_like(scores.logp)))
         opened = gate(ratio.detach(), scores.logp.detach(), batch, on).detach()
+        if corrected is not None:
+            opened = opened * corrected(scores.logp.detach(), batch, on).detach()
         return -opened * ratio * batch.advantage.detach() * normalise(on, batch)
 
     return Term(name, value, on, per, coef, unit, needs, logged, describe)
 
 
 def ppo_loss(
-    denominator: Denominator, low: float, high: float, normalise: Normalise = token_sum, dual: float | None = None
+    denominator: Denominator,
+    low: float,
+    high: float,
+    normalise: Normalise = token_sum,
+    dual: float | None = None,
+    corrected: Callable[[Tensor, Batch, Tensor], Tensor] | None = None,
 ) -> Value:
     """PPO's published loss max(-A r, -A clip(r, 1 - low, 1 + high)) per token, [B, T], to be logged; with `dual`, at most -dual A
     for A < 0.
@@ -99,6 +108,8 @@ def ppo_loss(
         loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
         if dual is not None:
             loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * dual), loss)
+        if corrected is not None:
+            loss = loss * corrected(scores.logp.detach(), batch, on)
         return loss * normalise(on, batch)
 
     return value
