@@ -117,7 +117,7 @@ def test_crosstrain_commands_parse_and_their_files_load(command: str) -> None:
         load_recipe(ROOT / str(given["recipe"]), given["overrides"] or [])
     if (ROOT / str(given.get("spec"))).is_file():
         load_study(ROOT / str(given["spec"]), given["overrides"] or [])
-    for key in ("recipe", "spec", "config", "file"):
+    for key in ("recipe", "spec", "config", "file", "batch"):
         named = str(given.get(key) or "")
         assert not named.startswith("examples/") or (ROOT / named).exists(), f"{command}: there is no {named}"
 

@@ -67,7 +67,7 @@ def given_of(batch: Batch, logp: Tensor) -> GivenBatch:
             "logp": logp[r, :n].tolist(),
             "reward": None if math.isnan(float(batch.reward[r])) else float(batch.reward[r]),
         }
-        for name in ("old_logp", "ref_logp"):
+        for name in ("old_logp", "ref_logp", "entropy"):
             if name in batch.columns:
                 row[name] = batch.columns[name][r, :n].nan_to_num().tolist()
         groups.setdefault(int(batch.group[r]), []).append(row)
@@ -85,9 +85,11 @@ def test_weights_are_those_that_training_reads_off(name: str) -> None:
     batch = made_up_batch(method, tiny_model())
     generator = torch.Generator().manual_seed(0)
     logp = -3 * torch.rand(batch.tokens.shape, generator=generator, dtype=torch.float64)
+    entropy = torch.where(batch.trained, -logp / 2, torch.zeros_like(logp))
+    batch = batch.with_columns(entropy=entropy) if "entropy" in method.needs else batch
     leaf = torch.where(batch.trained, logp, torch.zeros_like(logp)).requires_grad_()
     counts = count(method.terms, batch, groups=len(torch.unique(batch.group)))
-    parts = [term_loss(t, Scores(leaf), batch, counts) for t in method.terms]
+    parts = [term_loss(t, Scores(leaf, {"entropy": entropy}), batch, counts) for t in method.terms]
     (gradient,) = torch.autograd.grad(sum(p.loss for p in parts if p is not None), leaf)
     found = explain(method, given_of(batch, logp))
     weights = [t["weights"] for g in found["groups"] for t in g["trajectories"]]

@@ -376,3 +376,41 @@ def test_srfts_second_implementation(seed: int) -> None:
             else:
                 expected[r, t] = -1 / sizes["wrong"]
     torch.testing.assert_close(srft_weights(logp, entropy, groups), expected, rtol=0, atol=1e-10)
+
+
+# --- TRAPO ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("solved", "hints"),
+    [
+        ((0, 0, 0, 0), (0, 2, 4, 7)),
+        ((2, 0, 0, 0), (0, 0, 4, 7)),
+        ((1, 2, 1, 0), (0, 2, 4, 7)),
+        ((2, 2, 1, 0), (0, 0, 0, 7)),
+        ((4, 2, 1, 0), (0, 0, 0, 0)),
+    ],
+)
+def test_trapo_gives_hints_where_too_few_are_solved(solved: tuple[int, ...], hints: tuple[int, ...]) -> None:
+    """Of a demonstration of eight tokens a quarter, a half, and all but its end; rounds of 4, 2, 1 and 1."""
+    plan, have = load_method("trapo").plan, demonstrated(8)
+    for n, right, hint in zip((4, 2, 1, 1), solved, hints, strict=True):
+        [request] = plan.next(have, {})
+        assert (request.n, len(request.prefix)) == (n, hint)
+        new = tuple(answer("E" * hint + "O", float(i < right)) for i in range(n))
+        have = Group(have.example, have.trajectories + new)
+    assert plan.next(have, {}) == ()
+
+
+def test_trapo_by_hand() -> None:
+    """Rewards 0, 0, 1: own tokens have A of -1/3, -1/3 and 2/3. Of two rollouts with the same hint the second is taught: its
+    tokens of probabilities 1/2 and 1/20 weigh 1 and 1/2. Seven tokens in all."""
+    method = load_method("trapo")
+    groups = [group(answer("O", 0.0), answer("EEO", 0.0), answer("EEO", 1.0))]
+    batch = prepared(method, groups)
+    column = method.columns["taught"](lambda b: pytest.fail("nothing has to be scored"), batch)
+    assert column[:, 1].tolist() == [0, 0, 1]
+    batch = batch.with_columns(taught=column)
+    found = weights_of(method, batch, of([[0.5, 1, 1], [0.5, 0.05, 0.5], [0.5, 0.05, 0.5]]).log())
+    expected = of([[-1 / 3, 0, 0], [0, 0, -1 / 3], [1, 0.5, 2 / 3]]) / 7
+    torch.testing.assert_close(found.weights, expected, rtol=0, atol=1e-7)

@@ -113,6 +113,7 @@ AIDED: list[tuple[str, dict[str, Any]]] = [
     ("rl_plus", {}),
     ("srft", {}),
     ("hpt_soft", {}),
+    ("trapo", {}),
     ("uft", {"hint_coef": 0.1, "hint_steps": 60}),
     (
         "prefix_rft",

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
 from pathlib import Path
 
 import pytest
 
+from crosstrain.config import load_study
 from crosstrain.errors import UserError
+from crosstrain.explain import GivenBatch, explain
 from crosstrain.methods import METHODS, load_method
+from crosstrain.methods.describe import record
+from crosstrain.testing import check_method
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -66,3 +71,31 @@ def test_a_method_of_ones_own_comes_from_a_file(tmp_path: Path) -> None:
         load_method(f"{file}:weighted_sft")
     with pytest.raises(UserError, match="there is no file"):
         load_method(f"{tmp_path}/other.py:half_sft")
+
+
+MINE = f"{Path(__file__).parents[2] / 'examples' / 'my_method.py'}:focal"
+
+
+def test_a_method_of_a_users_own_file_has_settings_a_record_and_keeps_the_contract() -> None:
+    method = load_method(MINE, power=2.0)
+    assert method.settings == {"power": 2.0}
+    check_method(method)
+    found = record(MINE)
+    assert found["settings"] == {"power": 1.0} and found["needs"] == ["demonstrations"] and found["paper"] is None
+    assert found["summary"].startswith("Focal imitation")
+    with pytest.raises(UserError, match="unknown setting 'pwoer'; did you mean 'power'"):
+        load_method(MINE, pwoer=2.0)
+
+
+def test_what_a_users_method_does_is_explained() -> None:
+    """(1 - p)^2 over three tokens of probability 1/2, and over their number."""
+    one = {"source": ["prompt", "expert", "expert", "expert"], "logp": [0, *[math.log(0.5)] * 3]}
+    found = explain(load_method(MINE, power=2.0), GivenBatch(groups=[{"trajectories": [one]}]))
+    assert found["groups"][0]["trajectories"][0]["weights"] == pytest.approx([0, 1 / 12, 1 / 12, 1 / 12])
+
+
+def test_a_users_method_has_a_place_in_a_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    spec = load_study("examples/my_study.yaml")
+    made = [load_method(arm.stages[0].method.name, **arm.stages[0].method.settings) for arm in spec.arms]
+    assert [m.name for m in made] == ["sft", "dft", "examples/my_method.py:focal"]

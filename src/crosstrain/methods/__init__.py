@@ -20,6 +20,7 @@ from crosstrain.methods import (
     simpo,
     srft,
     superrl,
+    trapo,
     uft,
     weighted_sft,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "simpo",
     "srft",
     "superrl",
+    "trapo",
     "uft",
     "weighted_sft",
 ]

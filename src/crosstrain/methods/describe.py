@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from crosstrain.methods.registry import METHODS, load_method
+from crosstrain.methods.registry import METHODS, factory_of, load_method
 from crosstrain.types import Batch, Method, Source, Term
 
 WHAT_IS_NEEDED = {
@@ -30,7 +30,7 @@ def record(name: str) -> dict[str, Any]:
     """
     made = load_method(name)
     entry = METHODS.get(name)
-    text = "" if entry is None else inspect.getdoc(entry.factory) or ""
+    text = inspect.getdoc(factory_of(name)) or ""
     return {
         "name": name,
         "family": None if entry is None else entry.family,

@@ -91,7 +91,7 @@ def load_method(name: str, **settings: Any) -> Method:
     >>> load_method("grpo", beta=0.0).settings["num_generations"]
     8
     """
-    factory = _from_file(name) if ".py:" in name else _by_name(name)
+    factory = factory_of(name)
     allowed = inspect.signature(factory).parameters
     for key in settings:
         if key not in allowed:
@@ -107,6 +107,11 @@ def load_method(name: str, **settings: Any) -> Method:
         raise UserError(f"method {name}: {error}") from error
     defaults = {key: p.default for key, p in allowed.items()}
     return made if made.name else replace(made, name=name, settings={**defaults, **settings})
+
+
+def factory_of(name: str) -> Factory:
+    """The factory called `name`, one of `METHODS` or `file.py:function`; UserError where there is none."""
+    return _from_file(name) if ".py:" in name else _by_name(name)
 
 
 def _check_kind(name: str, key: str, value: Any, default: Any) -> None:
