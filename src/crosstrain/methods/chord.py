@@ -10,10 +10,9 @@ from torch import Tensor
 from crosstrain.methods.plans import rollouts_and_demonstrations
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import group_normalised
-from crosstrain.objective.denominators import old, uncertain
-from crosstrain.objective.gates import ppo_clip
+from crosstrain.objective.denominators import uncertain
 from crosstrain.objective.schedules import warmup_cosine
-from crosstrain.objective.terms import by, nll, ppo_loss, surrogate
+from crosstrain.objective.terms import by, clipped, nll, surrogate
 from crosstrain.types import Batch, Group, Method, Per, Schedule, Scores, Source, State, Term, Updates
 
 
@@ -90,16 +89,13 @@ def chord_phi(
 
 def _chord(*, demonstration: Term, mu: Schedule, epsilon: float, updates: Updates, plan: tuple[int, float, str, str]) -> Method:
     n, share, own, demos = plan
-    rl = surrogate(
+    rl = clipped(
         "rl",
+        epsilon,
+        epsilon,
         on=by(Source.POLICY),
         per=Per(("own_tokens",)),
-        denominator=old,
-        gate=ppo_clip(epsilon, epsilon),
         coef=lambda step: 1 - mu(step),
-        logged=ppo_loss(old, epsilon, epsilon),
-        needs=frozenset({"old_logp"}),
-        describe="max(-A r, -A clip(r)), r = pi / old",
     )
 
     def only_rollouts(group: Group, state: State) -> Group | None:

@@ -7,9 +7,8 @@ from typing import Literal
 from crosstrain.methods.plans import drop_equal_rewards, rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import centred, group_normalised
-from crosstrain.objective.denominators import old
-from crosstrain.objective.gates import Correction, correction, ppo_clip
-from crosstrain.objective.terms import by, kl, ppo_loss, seq_mean, surrogate, token_sum
+from crosstrain.objective.gates import Correction, correction
+from crosstrain.objective.terms import by, clipped, kl, seq_mean, token_sum
 from crosstrain.types import Method, Per, Source, Term, Updates, keep
 
 Average = Literal["sequences", "tokens", "constant"]
@@ -62,16 +61,16 @@ def grpo(
     if off_policy_correction != "none":
         weight = correction(off_policy_correction, correction_cap, correction_lowest)
     terms: list[Term] = [
-        surrogate(
+        clipped(
             "rl",
+            epsilon,
+            high,
             on=on,
             per=per,
-            denominator=old,
-            gate=ppo_clip(epsilon, high, dual_clip),
+            dual=dual_clip,
             corrected=weight,
             normalise=normalise,
-            logged=ppo_loss(old, epsilon, high, normalise, dual_clip, weight),
-            needs=frozenset({"old_logp"}) if weight is None else frozenset({"old_logp", "behaviour_logp"}),
+            needs=frozenset() if weight is None else frozenset({"behaviour_logp"}),
             describe="max(-A r, -A clip(r)), r = pi / old" + ("" if weight is None else ", times w"),
         )
     ]

@@ -8,8 +8,8 @@ from crosstrain.methods.plans import rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import group_normalised
 from crosstrain.objective.denominators import clipped_sequence, sequence
-from crosstrain.objective.gates import ppo_clip, token_clip
-from crosstrain.objective.terms import by, ppo_loss, seq_mean, surrogate
+from crosstrain.objective.gates import token_clip
+from crosstrain.objective.terms import by, clipped, seq_mean, surrogate
 from crosstrain.types import Batch, Method, Per, Scores, Source, Updates, Value
 
 OLD = frozenset({"old_logp"})
@@ -27,16 +27,15 @@ def gspo(
     epsilon, epsilon_high: the paper's; s moves far less than a token's ratio. minibatches: the paper's four optimizer steps per
     batch. The paper's token form (GSPO-token) has this gradient as long as A is one number per sequence, which it is here.
     """
-    term = surrogate(
+    term = clipped(
         "rl",
+        epsilon,
+        epsilon_high,
         on=by(Source.POLICY),
         per=Per(("sequences",)),
         denominator=sequence,
-        gate=ppo_clip(epsilon, epsilon_high),
         normalise=seq_mean,
         unit="sequence",
-        logged=ppo_loss(sequence, epsilon, epsilon_high, seq_mean),
-        needs=OLD,
         describe="max(-A s, -A clip(s)), s = exp(mean log(pi / old))",
     )
     return Method(

@@ -11,10 +11,8 @@ from crosstrain.methods.plans import keyed_uniforms, told
 from crosstrain.methods.registry import method
 from crosstrain.methods.uft import next_step, nothing
 from crosstrain.objective.advantages import centred_on
-from crosstrain.objective.denominators import old
-from crosstrain.objective.gates import ppo_clip
 from crosstrain.objective.schedules import cosine
-from crosstrain.objective.terms import by, ppo_loss, surrogate
+from crosstrain.objective.terms import by, clipped
 from crosstrain.types import Batch, Group, Method, Per, Plan, Request, Scores, Source, State, Updates
 
 TAUGHT = "taught"
@@ -72,15 +70,13 @@ def prefix_rft(
         chosen.view(-1)[ranked[:n]] = 1.0
         return chosen
 
-    term = surrogate(
+    term = clipped(
         "rl",
+        epsilon,
+        epsilon,
         on=by(Source.POLICY, Source.EXPERT),
         per=Per(("sequences",), constant=float(max_completion_length)),
-        denominator=old,
-        gate=ppo_clip(epsilon, epsilon),
-        logged=ppo_loss(old, epsilon, epsilon),
-        needs=frozenset({"old_logp", TAUGHT}),
-        describe="max(-A r, -A clip(r)), r = pi / old",
+        needs=frozenset({TAUGHT}),
     )
     return Method(
         terms=(term,),

@@ -5,9 +5,7 @@ from __future__ import annotations
 from crosstrain.methods.plans import drop_equal_rewards, rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import leave_one_out, ones, positive_reward, raw_reward
-from crosstrain.objective.denominators import old
-from crosstrain.objective.gates import ppo_clip
-from crosstrain.objective.terms import by, nll, ppo_loss, reinforce_loss, surrogate, token_sum
+from crosstrain.objective.terms import by, clipped, nll, reinforce_loss, surrogate, token_sum
 from crosstrain.types import Group, Method, Per, Source, State, Updates
 
 
@@ -63,14 +61,12 @@ def raft_pp(num_generations: int = 4, epsilon: float = 0.2, num_iterations: int 
     r = pi / pi_old. Weight on grad log pi: A r / N where r <= 1 + epsilon, else 0. With one optimizer step and rewards of 0 and 1,
     the direction of `raft`.
     """
-    term = surrogate(
+    term = clipped(
         "kept",
+        epsilon,
+        epsilon,
         on=by(Source.POLICY),
         per=Per(("own_tokens",)),
-        denominator=old,
-        gate=ppo_clip(epsilon, epsilon),
-        logged=ppo_loss(old, epsilon, epsilon),
-        needs=frozenset({"old_logp"}),
         describe="max(-A r, -A clip(r)), r = pi / old, A = max(R, 0)",
     )
     updates = Updates(num_iterations, minibatches)

@@ -9,9 +9,7 @@ from torch import Tensor
 from crosstrain.methods.plans import rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import centred, raw_reward, whitened
-from crosstrain.objective.denominators import old
-from crosstrain.objective.gates import ppo_clip
-from crosstrain.objective.terms import by, kl, ppo_loss, surrogate
+from crosstrain.objective.terms import by, clipped, kl
 from crosstrain.types import Batch, Method, Per, Source, Term, Updates
 
 
@@ -47,15 +45,12 @@ def reinforce_pp_baseline(
 def _made(credit: Callable[[Batch], Tensor], n: int, epsilon: float, beta: float, updates: Updates) -> Method:
     per, on = Per(("own_tokens",)), by(Source.POLICY)
     terms: list[Term] = [
-        surrogate(
+        clipped(
             "rl",
+            epsilon,
+            epsilon,
             on=on,
             per=per,
-            denominator=old,
-            gate=ppo_clip(epsilon, epsilon),
-            logged=ppo_loss(old, epsilon, epsilon),
-            needs=frozenset({"old_logp"}),
-            describe="max(-A r, -A clip(r)), r = pi / old",
         )
     ]
     if beta > 0:

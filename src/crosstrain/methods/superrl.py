@@ -8,9 +8,7 @@ from typing import Literal
 from crosstrain.methods.plans import drop_equal_rewards, rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import group_normalised
-from crosstrain.objective.denominators import old
-from crosstrain.objective.gates import ppo_clip
-from crosstrain.objective.terms import by, group_mean, nll, ppo_loss, seq_mean, surrogate
+from crosstrain.objective.terms import by, clipped, group_mean, nll, seq_mean
 from crosstrain.types import Group, Method, Per, Source, State, Updates
 
 
@@ -44,17 +42,14 @@ def superrl(
     return Method(
         terms=(
             nll("demo", on=by(Source.EXPERT), per=per, normalise=group_mean, unit="group"),
-            surrogate(
+            clipped(
                 "rl",
+                epsilon,
+                epsilon,
                 on=by(Source.POLICY),
                 per=per,
-                denominator=old,
-                gate=ppo_clip(epsilon, epsilon),
                 normalise=group_mean,
                 unit="group",
-                logged=ppo_loss(old, epsilon, epsilon, group_mean),
-                needs=frozenset({"old_logp"}),
-                describe="max(-A r, -A clip(r)), r = pi / old",
             ),
         ),
         plan=rollouts(num_generations, with_demonstration=True),
@@ -71,16 +66,13 @@ def drop_dead(num_generations: int = 8, epsilon: float = 0.2, num_iterations: in
     `grpo` with beta 0, except that such a group does not count among the sequences that the loss is divided by: a step in which
     half of the prompts are dead is not half as large. Nothing is drawn in their place, as `dapo` does.
     """
-    term = surrogate(
+    term = clipped(
         "rl",
+        epsilon,
+        epsilon,
         on=by(Source.POLICY),
         per=Per(("sequences",)),
-        denominator=old,
-        gate=ppo_clip(epsilon, epsilon),
         normalise=seq_mean,
-        logged=ppo_loss(old, epsilon, epsilon, seq_mean),
-        needs=frozenset({"old_logp"}),
-        describe="max(-A r, -A clip(r)), r = pi / old",
     )
     return Method(
         terms=(term,),

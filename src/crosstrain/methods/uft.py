@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from crosstrain.methods.plans import keyed_uniforms, told
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import group_normalised
-from crosstrain.objective.denominators import old
-from crosstrain.objective.gates import ppo_clip
 from crosstrain.objective.schedules import cosine
-from crosstrain.objective.terms import by, kl, nll, ppo_loss, surrogate
+from crosstrain.objective.terms import by, clipped, kl, nll
 from crosstrain.types import Example, Group, Method, Per, Plan, Request, Source, State, Term, Updates
 
 CHUNKS = 5
@@ -58,15 +56,12 @@ def uft(
 
     own = Per(("own_tokens",))
     terms: list[Term] = [
-        surrogate(
+        clipped(
             "rl",
+            epsilon,
+            epsilon,
             on=by(Source.POLICY),
             per=own,
-            denominator=old,
-            gate=ppo_clip(epsilon, epsilon),
-            logged=ppo_loss(old, epsilon, epsilon),
-            needs=frozenset({"old_logp"}),
-            describe="max(-A r, -A clip(r)), r = pi / old",
         )
     ]
     if hint_coef > 0:

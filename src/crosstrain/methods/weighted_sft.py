@@ -11,9 +11,8 @@ from torch import Tensor
 from crosstrain.methods.plans import demonstrations
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import ones
-from crosstrain.objective.denominators import Denominator, old
-from crosstrain.objective.gates import ppo_clip
-from crosstrain.objective.terms import by, ppo_loss, surrogate
+from crosstrain.objective.denominators import Denominator
+from crosstrain.objective.terms import by, clipped, surrogate
 from crosstrain.types import Batch, Method, Per, Scores, Source, Updates
 
 
@@ -26,14 +25,12 @@ def psft(epsilon: float = 0.2, epsilon_high: float = 0.28, num_iterations: int =
 
     minibatches: the paper's 64 examples in eight optimizer steps. With one, r = 1 and this is `sft`.
     """
-    term = surrogate(
+    term = clipped(
         "demo",
+        epsilon,
+        epsilon_high,
         on=by(Source.EXPERT),
         per=Per(("own_tokens",)),
-        denominator=old,
-        gate=ppo_clip(epsilon, epsilon_high),
-        logged=ppo_loss(old, epsilon, epsilon_high),
-        needs=frozenset({"old_logp"}),
         describe="-min(r, clip(r)), r = pi / old",
     )
     return Method(terms=(term,), plan=demonstrations(), advantage=ones, updates=Updates(num_iterations, minibatches))

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from crosstrain.objective.denominators import Denominator, current
-from crosstrain.objective.gates import Gate, always
+from crosstrain.objective.denominators import Denominator, current, old
+from crosstrain.objective.gates import Gate, always, ppo_clip
 from crosstrain.types import Batch, On, Per, Schedule, Scores, Source, Term, Value
 
 Normalise = Callable[[Tensor, Batch], Tensor]
@@ -85,6 +85,39 @@ def surrogate(
         return -opened * ratio * batch.advantage.detach() * normalise(on, batch)
 
     return Term(name, value, on, per, coef, unit, needs, logged, describe)
+
+
+def clipped(
+    name: str,
+    low: float,
+    high: float,
+    *,
+    on: On,
+    per: Per,
+    denominator: Denominator = old,
+    dual: float | None = None,
+    corrected: Callable[[Tensor, Batch, Tensor], Tensor] | None = None,
+    normalise: Normalise = token_sum,
+    coef: float | Schedule = 1.0,
+    unit: Literal["token", "sequence", "group"] = "token",
+    needs: frozenset[str] = frozenset(),
+    describe: str = "max(-A r, -A clip(r)), r = pi / old",
+) -> Term:
+    """PPO's clipped term: `surrogate` with `ppo_clip(low, high, dual)`, logged as `ppo_loss` with the same bounds."""
+    return surrogate(
+        name,
+        on=on,
+        per=per,
+        denominator=denominator,
+        gate=ppo_clip(low, high, dual),
+        corrected=corrected,
+        normalise=normalise,
+        coef=coef,
+        unit=unit,
+        logged=ppo_loss(denominator, low, high, normalise, dual, corrected),
+        needs=needs | {"old_logp"},
+        describe=describe,
+    )
 
 
 def ppo_loss(
