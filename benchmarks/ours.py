@@ -21,7 +21,8 @@ from crosstrain.models import load_model, resolve_device
 from crosstrain.rewards import RewardPool, load_reward
 from crosstrain.rollout import Prompt, Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
-from crosstrain.training.loop import Engine, Progress, StageSettings, train_stage
+from crosstrain.training.engine import Engine
+from crosstrain.training.loop import Progress, StageSettings, train_stage
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.reference import known_reference
 from crosstrain.training.score import choose_layout

@@ -22,7 +22,8 @@ from crosstrain.rollout.sampler import Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
 from crosstrain.tasks import get_task
 from crosstrain.training.collect import Truncation
-from crosstrain.training.loop import Engine, StageSettings
+from crosstrain.training.engine import Engine
+from crosstrain.training.loop import StageSettings
 from crosstrain.training.optimizer import Precision
 from crosstrain.training.score import choose_layout
 from crosstrain.types import Example, Group, Method

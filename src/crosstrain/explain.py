@@ -216,17 +216,19 @@ def _with_columns(method: Method, batch: Batch, at: Sequence[tuple[int, int]], r
         raise UserError(f"method {method.name} needs {', '.join(sorted(missing))}, which cannot be given here")
     logp = _rectangle(batch, [t.logp for t in rows]).nan_to_num()
 
-    def score(other: Batch) -> Scores:
+    def look(other: Batch, *, of: Literal["current", "reference"] = "current") -> Scores:
         if other is not batch and other.tokens.shape != batch.tokens.shape:
             raise UserError(
                 f"method {method.name} scores sequences that are not in the batch; log-probs of these are not given"
             )
+        if of == "reference":
+            return Scores(batch.columns["ref_logp"].nan_to_num())
         entropy = batch.columns.get("entropy")
         return Scores(logp, {} if entropy is None else {"entropy": entropy.nan_to_num()})
 
     for name, build in method.columns.items():
         try:
-            batch = batch.with_columns(**{name: build(score, batch)})
+            batch = batch.with_columns(**{name: build(look, batch)})
         except KeyError as error:  # a channel that the trajectories did not bring
             raise UserError(f"method {method.name} needs `{error.args[0]}`, which is absent from the trajectories") from error
     return batch

@@ -15,8 +15,8 @@ from crosstrain.config import Recipe, Stage
 from crosstrain.prepare import Prepared
 from crosstrain.training.cost import Cost
 from crosstrain.training.display import about
+from crosstrain.training.engine import Engine
 from crosstrain.training.first_step import FirstStep, measure_first_step
-from crosstrain.training.loop import Engine
 from crosstrain.types import Method
 
 

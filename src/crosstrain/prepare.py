@@ -10,7 +10,7 @@ import torch
 from crosstrain import assemble
 from crosstrain.config import Recipe
 from crosstrain.models import resolve_device
-from crosstrain.training.loop import Engine
+from crosstrain.training.engine import Engine
 from crosstrain.training.optimizer import Optimizer, Precision
 from crosstrain.training.reference import Known, known_reference
 from crosstrain.types import Method

@@ -30,7 +30,8 @@ from crosstrain.training import checkpoint
 from crosstrain.training.checkpoint import Checkpoint, write_folder, write_json
 from crosstrain.training.cost import Cost
 from crosstrain.training.display import Display
-from crosstrain.training.loop import Engine, NonFinite, Progress, stage_progress, train_stage
+from crosstrain.training.engine import Engine
+from crosstrain.training.loop import NonFinite, Progress, stage_progress, train_stage
 from crosstrain.training.record import (
     append_lines,
     completion_lines,

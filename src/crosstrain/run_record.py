@@ -14,7 +14,8 @@ from crosstrain.llama import why_not
 from crosstrain.models import describe_model
 from crosstrain.prepare import Prepared
 from crosstrain.training import checkpoint
-from crosstrain.training.loop import Engine, Progress
+from crosstrain.training.engine import Engine
+from crosstrain.training.loop import Progress
 from crosstrain.training.probe import matmul_speed
 from crosstrain.training.record import hardware, versions
 

@@ -15,7 +15,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ from crosstrain.objective.reduce import count
 from crosstrain.rollout.sampler import Completion, Prompt, Sampling
 from crosstrain.training.batching import cut, to_batch, with_advantage
 from crosstrain.training.collect import Truncation, collect
-from crosstrain.training.loop import Engine, NonFinite, backward, no_grad_scores
+from crosstrain.training.columns import no_grad_scores
+from crosstrain.training.engine import Engine
+from crosstrain.training.loop import NonFinite, backward
 from crosstrain.training.metrics import Meter
-from crosstrain.types import Batch, Example, Group, Method, Source, Trajectory
+from crosstrain.types import Batch, Example, Group, Method, Scores, Source, Trajectory
 
 VOCABULARY = 61
 
@@ -199,8 +201,13 @@ def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 
         noise = torch.randn(logp.shape, generator=generator, dtype=torch.float64) * 0.3
         off = torch.where(batch.trained, logp + noise.to(logp), torch.full_like(logp, math.nan))
         batch = batch.with_columns(**{name: off})
+
+    def look(other: Batch, *, of: Literal["current", "reference"] = "current") -> Scores:
+        found = no_grad_scores(engine, method, other, watch=True)
+        return Scores(found.logp - 0.1) if of == "reference" else found  # a reference that finds everything less likely
+
     for name, build in method.columns.items():
-        batch = batch.with_columns(**{name: build(lambda b: no_grad_scores(engine, method, b, watch=True), batch)})
+        batch = batch.with_columns(**{name: build(look, batch)})
     return with_advantage(batch, method.advantage(batch))
 
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -298,6 +298,15 @@ class Scores:
     computed_predictions: int = 0
 
 
+class Look(Protocol):
+    """Scores of any batch without gradient, for building columns: `look(batch)` those of the current policy, its `entropy` among
+    them; `look(batch, of="reference")` those of the frozen reference. Each is a forward pass, and is counted as one."""
+
+    def __call__(self, batch: Batch, *, of: Literal["current", "reference"] = "current") -> Scores:
+        """The scores."""
+        ...
+
+
 Channel = Callable[[Tensor, Tensor], Tensor]
 """A full-vocabulary functional: (logits [M, V] in at least fp32, targets [M]) -> [M], with gradient."""
 
@@ -411,8 +420,7 @@ class Method:
     updates: inner updates per collected batch.
     init, update: explicit state and how a step's logged metrics change it.
     reference: which weights `ref_logp` comes from: those the run or the stage started with.
-    columns: builders of further no-gradient columns by name, `(score, batch) -> [B, T] or [B]`, where `score(batch)` gives the
-        current policy's Scores without gradient, its `entropy` among them (KTO's mismatched pairs, SDFT's second prompt).
+    columns: builders of further no-gradient columns by name, `(look, batch) -> [B, T] or [B]` (KTO's mismatched pairs).
     channels: full-vocabulary functionals of its own by name, computed inside the head, chunk by chunk, with gradient (GEM).
     embed: changes the input embeddings in training, `(embeddings [N, L, D], batch) -> same` (NEFTune).
     grad_mask: parameters to leave alone at a step, by state (MIFO).
@@ -429,7 +437,7 @@ class Method:
     init: Callable[[], State] = _no_state
     update: Callable[[State, Mapping[str, float]], State] = _same_state
     reference: Literal["base", "stage_start"] = "base"
-    columns: Mapping[str, Callable[[Callable[[Batch], Scores], Batch], Tensor]] = field(default_factory=dict)
+    columns: Mapping[str, Callable[[Look, Batch], Tensor]] = field(default_factory=dict)
     channels: Mapping[str, Channel] = field(default_factory=dict)
     embed: Callable[[Tensor, Batch], Tensor] | None = None
     grad_mask: Callable[[State], Callable[[str], bool]] | None = None

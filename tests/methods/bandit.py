@@ -16,7 +16,8 @@ import torch
 from crosstrain.rollout.sampler import Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
 from crosstrain.testing import tiny_model
-from crosstrain.training.loop import Engine, Progress, StageSettings, train_stage
+from crosstrain.training.engine import Engine
+from crosstrain.training.loop import Progress, StageSettings, train_stage
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.types import Example, Group, Method, Source, Trajectory
 

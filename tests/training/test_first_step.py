@@ -14,8 +14,9 @@ from crosstrain.methods import load_method
 from crosstrain.testing import ScriptedSampler, made_up_examples, made_up_rewards, tiny_model
 from crosstrain.training import first_step
 from crosstrain.training.batching import distinct_tokens
+from crosstrain.training.engine import Engine
 from crosstrain.training.first_step import FirstStep, measure_first_step
-from crosstrain.training.loop import Engine, Progress, StageSettings, draw, make_batch, micro_batches, train_stage
+from crosstrain.training.loop import Progress, StageSettings, draw, make_batch, micro_batches, train_stage
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.types import Batch, Example, Group, Method
 

@@ -19,18 +19,10 @@ from crosstrain.rollout.sampler import Sampling
 from crosstrain.testing import ScriptedSampler, made_up_examples, made_up_rewards, tiny_model
 from crosstrain.training.batching import to_batch
 from crosstrain.training.collect import Truncation
+from crosstrain.training.columns import add_columns
 from crosstrain.training.cost import Cost
-from crosstrain.training.loop import (
-    Engine,
-    NonFinite,
-    Progress,
-    StageSettings,
-    Step,
-    add_columns,
-    minibatches,
-    stage_progress,
-    train_stage,
-)
+from crosstrain.training.engine import Engine
+from crosstrain.training.loop import NonFinite, Progress, StageSettings, Step, minibatches, stage_progress, train_stage
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.probe import product_weights
 from crosstrain.training.score import lay_out

@@ -13,7 +13,7 @@ from crosstrain.objective.advantages import group_normalised
 from crosstrain.objective.denominators import old
 from crosstrain.objective.gates import always
 from crosstrain.objective.terms import by, surrogate
-from crosstrain.types import Batch, Method, Per, Scores, Source, Term, Updates
+from crosstrain.types import Batch, Look, Method, Per, Scores, Source, Term, Updates
 
 CHOSEN = "covariant"
 """The column that says which tokens were chosen: 1, else 0."""
@@ -113,9 +113,9 @@ Choose = Callable[[Tensor, Batch, Tensor], Tensor]
 
 
 def _made(terms: tuple[Term, ...], choose: Choose, n: int, updates: Updates) -> Method:
-    def build(score: Callable[[Batch], Scores], batch: Batch) -> Tensor:
+    def build(look: Look, batch: Batch) -> Tensor:
         logp = batch.columns.get("old_logp")  # the policy that sampled, where it is known already
-        logp = score(batch).logp if logp is None else logp
+        logp = look(batch).logp if logp is None else logp
         on = by(Source.POLICY)(batch)
         advantage = group_normalised(batch).to(logp)[:, None].expand(logp.shape)
         covariance = (advantage - advantage[on].mean()) * (logp - logp[on].mean())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -12,7 +11,7 @@ from crosstrain.methods.plans import drop_equal_rewards, rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import mean_over, ones
 from crosstrain.objective.denominators import old
-from crosstrain.types import Batch, Method, On, Per, Scores, Source, Term, Updates, Value
+from crosstrain.types import Batch, Look, Method, On, Per, Scores, Source, Term, Updates, Value
 
 LOWEST = 0.02
 """Share of right answers in a group, and of wrong ones, at least: the authors' code."""
@@ -73,7 +72,7 @@ def nft(
     )
 
 
-def solved(score: Callable[[Batch], Scores], batch: Batch) -> Tensor:
+def solved(look: Look, batch: Batch) -> Tensor:
     """[B]: the share of right answers in each row's group, within [0.02, 0.98]."""
     share = mean_over(batch, (batch.reward > 0).to(batch.reward), torch.ones_like(batch.reward, dtype=torch.bool))
     return share.clamp(LOWEST, 1 - LOWEST).to(batch.reward)

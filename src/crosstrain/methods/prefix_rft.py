@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from crosstrain.methods.uft import next_step, nothing
 from crosstrain.objective.advantages import centred_on
 from crosstrain.objective.schedules import cosine
 from crosstrain.objective.terms import by, clipped
-from crosstrain.types import Batch, Group, Method, Per, Plan, Request, Scores, Source, State, Updates
+from crosstrain.types import Batch, Group, Look, Method, Per, Plan, Request, Source, State, Updates
 
 TAUGHT = "taught"
 """The column that says which tokens of a prefix are trained on: 1, else 0."""
@@ -62,8 +62,8 @@ def prefix_rft(
         length = min(round((low + u * (longest - low)) * len(answer)), len(answer) - 1)
         return (Request(num_generations - 1), Request(1, answer[:length])) if length else (Request(num_generations),)
 
-    def least_sure(score: Callable[[Batch], Scores], batch: Batch) -> Tensor:
-        entropy, prefix = score(batch).channels["entropy"], batch.written_by(Source.EXPERT)
+    def least_sure(look: Look, batch: Batch) -> Tensor:
+        entropy, prefix = look(batch).channels["entropy"], batch.written_by(Source.EXPERT)
         n = round(entropy_share * int(prefix.sum()))
         chosen = torch.zeros_like(entropy)
         ranked = torch.where(prefix, -entropy, torch.full_like(entropy, torch.inf)).flatten().argsort(stable=True)

@@ -34,7 +34,11 @@ DIRECTIONS: dict[Family, str] = {
 @dataclass(frozen=True)
 class Entry:
     """A registered method: its factory, where it was published, the family it is listed under, what helps what in it, and what it
-    was written from."""
+    was written from.
+
+    works, fails: when the literature finds that it helps, and when not, with arXiv numbers. deviates: where ours differs from the
+    paper or its code, and what of it is a guess. Empty where nothing is known, or nothing differs.
+    """
 
     name: str
     factory: Factory
@@ -43,6 +47,9 @@ class Entry:
     direction: str
     checked: Checked
     year: int
+    works: str = ""
+    fails: str = ""
+    deviates: str = ""
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -60,10 +67,13 @@ def method(
     checked: Checked = "official source",
     direction: str | None = None,
     year: int | None = None,
+    works: str = "",
+    fails: str = "",
+    deviates: str = "",
 ) -> Callable[[Factory], Factory]:
     """Register a factory under its own name, and let what it makes record that name and all its settings.
 
-    direction: the family's, unless given. year: that of the arXiv number, unless given.
+    direction: the family's, unless given. year: that of the arXiv number, unless given. works, fails, deviates: see `Entry`.
     """
     when = year if year is not None else 2000 + int(paper.removeprefix("arXiv:")[:2])
 
@@ -76,7 +86,9 @@ def method(
             bound.apply_defaults()
             return replace(factory(**settings), name=factory.__name__, settings=dict(bound.arguments), paper=paper)
 
-        METHODS[factory.__name__] = Entry(factory.__name__, make, paper, family, direction or DIRECTIONS[family], checked, when)
+        survey = direction or DIRECTIONS[family]
+        entry = Entry(factory.__name__, make, paper, family, survey, checked, when, works, fails, deviates)
+        METHODS[factory.__name__] = entry
         return make
 
     return register

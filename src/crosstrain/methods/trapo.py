@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from crosstrain.methods.uft import nothing
 from crosstrain.objective.advantages import centred
 from crosstrain.objective.denominators import floored, old
 from crosstrain.objective.terms import by, surrogate
-from crosstrain.types import Batch, Group, Method, Per, Plan, Request, Scores, Source, State, Updates
+from crosstrain.types import Batch, Group, Look, Method, Per, Plan, Request, Source, State, Updates
 
 TAUGHT = "taught"
 """The column that says whose prefix is imitated: 1 on all tokens of such a row, else 0."""
@@ -81,7 +81,7 @@ def taught(ratio: Tensor, logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     return batch.columns[TAUGHT].to(ratio.dtype)
 
 
-def one_for_each_hint(score: Callable[[Batch], Scores], batch: Batch) -> Tensor:
+def one_for_each_hint(look: Look, batch: Batch) -> Tensor:
     """[B, T]: 1 in the last row of each group for each length of prefix, else 0."""
     lengths = (batch.source == int(Source.EXPERT)).sum(dim=1)
     last = {(int(g), int(n)): r for r, (g, n) in enumerate(zip(batch.group, lengths, strict=True)) if n}

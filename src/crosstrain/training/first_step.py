@@ -11,17 +11,8 @@ from crosstrain.memory import give_back
 from crosstrain.training.batching import distinct_demonstrations, distinct_tokens, to_batch
 from crosstrain.training.collect import Collected
 from crosstrain.training.cost import Cost
-from crosstrain.training.loop import (
-    Engine,
-    Progress,
-    backward,
-    denominators,
-    draw,
-    make_batch,
-    micro_batches,
-    minibatches,
-    passes,
-)
+from crosstrain.training.engine import Engine
+from crosstrain.training.loop import Progress, backward, denominators, draw, make_batch, micro_batches, minibatches, passes
 from crosstrain.training.metrics import Meter
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.probe import optimizer_seconds

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,18 +19,18 @@ from crosstrain.attention import of_any_shape
 from crosstrain.errors import UserError, nearest
 from crosstrain.objective.reduce import count, term_loss
 from crosstrain.objective.schedules import learning_rate_factor
-from crosstrain.rollout.sampler import Sampler, Sampling
 from crosstrain.training.batching import cut, distinct_demonstrations, distinct_tokens, to_batch, with_advantage
-from crosstrain.training.collect import Collected, ScoreGroups, Stream, Truncation, collect
+from crosstrain.training.collect import Collected, collect
+from crosstrain.training.columns import add_columns
 from crosstrain.training.cost import Cost
+from crosstrain.training.engine import Engine, temperature_of
 from crosstrain.training.metrics import COMPUTED, TIME, Meter, merge, rollout_metrics, without_logp_difference
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.probe import product_weights
-from crosstrain.training.reference import Known, reference_column
-from crosstrain.training.score import CHANNELS, Layout, score
+from crosstrain.training.score import CHANNELS, score
 from crosstrain.training.tally import Tally
 from crosstrain.training.timing import clock
-from crosstrain.types import Batch, Group, Method, Scores, State
+from crosstrain.types import Batch, Group, Method, State
 
 PROBE = "grad_norm/"
 """What the name of a probe starts with; the name of a term follows."""
@@ -54,29 +52,6 @@ class StageSettings:
     max_steps: int | None = None
     budget_unit: str | None = None
     budget_amount: float = math.inf
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What a stage runs on: the model and everything around it that no step changes.
-
-    known_reference: the reference's log-probs of all data, in place of the reference itself; a budget is charged for its passes all
-    the same.
-    """
-
-    model: Any
-    parameters: int
-    layout: Layout
-    device: torch.device
-    streams: Mapping[str, Stream]
-    sampler: Sampler | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    rewards: ScoreGroups | None = None
-    truncation: Truncation = field(default_factory=Truncation)
-    micro_batch_tokens: int = 4096
-    seed: int = 0
-    reference: Callable[[], AbstractContextManager[Any]] | None = None
-    known_reference: Known | None = None
 
 
 @dataclass
@@ -221,57 +196,6 @@ def _check_probes(method: Method) -> None:
             raise UserError(f"method {method.name}: unknown probe {name!r}; {nearest(name, known)}")
 
 
-def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tuple[Batch, Cost]:
-    """The batch with every no-gradient column the method needs, and what computing them cost.
-
-    `old_logp` is made only when the batch is used more than once: with one update it equals the current policy by construction.
-    """
-    tokens = distinct_tokens(batch)
-    if "old_logp" in method.needs and method.updates.steps > 1:
-        batch = batch.with_columns(old_logp=no_grad_scores(engine, method, batch).logp)
-        cost = cost.forward(tokens, engine.parameters)
-    if "ref_logp" in method.needs:
-        batch = batch.with_columns(ref_logp=_reference_logp(engine, method, batch))
-        cost = cost.forward(tokens, engine.parameters)
-    for name, build in method.columns.items():
-        passes: list[int] = []
-
-        def scores(other: Batch, passes: list[int] = passes) -> Scores:
-            passes.append(distinct_tokens(other))
-            return no_grad_scores(engine, method, other, watch=True)
-
-        batch = batch.with_columns(**{name: build(scores, batch)})
-        for scored in passes:
-            cost = cost.forward(scored, engine.parameters)
-    missing = method.needs - set(batch.columns) - set(CHANNELS) - set(method.channels) - {"old_logp"}
-    if missing:
-        raise UserError(f"method {method.name} reads {', '.join(sorted(missing))}, which nothing provides")
-    return batch, cost
-
-
-def _reference_logp(engine: Engine, method: Method, batch: Batch) -> Tensor:
-    if engine.known_reference is not None:
-        return reference_column(batch, engine.known_reference)
-    if engine.reference is None:
-        raise UserError(f"method {method.name} compares with a reference model, and none was set up")
-    with engine.reference() as model:
-        return no_grad_scores(replace(engine, model=model), method, batch).logp
-
-
-@torch.no_grad()
-def no_grad_scores(engine: Engine, method: Method, batch: Batch, *, watch: bool = False) -> Scores:
-    """The model's log-probs of a whole batch, in micro-batches, without gradient; with `watch` the channels of `score`'s
-    `watch`."""
-    whole: dict[str, Tensor] = {}
-    for index in cut(batch, engine.micro_batch_tokens, "token", shared=engine.layout == "shared"):
-        rows = index.to(engine.device)
-        temperature = _temperature(engine, method)
-        part = score(engine.model, batch.rows(rows), watch=watch, temperature=temperature, layout=engine.layout)
-        for name, values in {"logp": part.logp, **part.channels}.items():
-            whole.setdefault(name, values.new_zeros(batch.tokens.shape))[rows] = values
-    return Scores(whole.pop("logp"), whole)
-
-
 def minibatches(batch: Batch, method: Method, seed: int, step: int) -> Iterator[Batch]:
     """The batch cut by group into the method's inner updates; each epoch shuffles anew, keyed by (seed, step, epoch)."""
     if method.updates.steps == 1:
@@ -370,7 +294,7 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
         batch,
         channels=channels,
         watch=True,
-        temperature=_temperature(engine, method),
+        temperature=temperature_of(engine, method),
         layout=engine.layout,
         embed=method.embed,
     )
@@ -405,11 +329,6 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
         meter.add_clipped(batch, policy_weights, used)
     if any("pairs" in t.per.counts for t in method.terms):
         meter.add_pairs(batch, logp, used, float(method.settings.get("beta", 1.0)))
-
-
-def _temperature(engine: Engine, method: Method) -> float:
-    """Methods that sample train the distribution they sample from; imitation is at temperature 1."""
-    return (engine.sampling.temperature or 1.0) if method.plan.samples else 1.0
 
 
 def _names(batch: Batch) -> str:
