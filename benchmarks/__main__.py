@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.checks import Check, curves, greedy
-from benchmarks.pair import Side, Steps, WorkerFailed, alone, fastest, in_turn
+from benchmarks.pair import Side, Steps, WorkerFailed, alone, fastest, in_turn_with_floor
 from benchmarks.rows import make_rows
 from benchmarks.works import MEMORY_TARGET, UTILISATION_TARGET, WORKS, Settings, Work, label
 from crosstrain.models import has_bf16_instructions, load_tokenizer, resolve_model
@@ -49,6 +49,7 @@ class Row:
     memory_ratio: float | None
     target: float
     met: bool
+    limit: float | None = None
     memory_met: bool | None = None
     ours_memory_gb: float | None = None
     peer_memory_gb: float | None = None
@@ -177,11 +178,11 @@ def compare(bench: Bench, work: Work, precision: str, chosen: Chosen) -> Row:
         best, tried = fastest(sides, logs) if bench.search and len(sides) > 1 else (sides[0], {})
         chosen |= {"best": sides.index(best), "tried": tried}
     best = sides[chosen["best"]]
-    ours, peer = in_turn(bench.ours(work.key, precision), best, logs, bench.steps)
-    return row_of(work, precision, ours, peer, best.label, chosen["tried"])
+    ours, peer, floor = in_turn_with_floor(bench.ours(work.key, precision), best, logs, bench.steps)
+    return row_of(work, precision, ours, peer, floor, best.label, chosen["tried"])
 
 
-def row_of(work: Work, precision: str, ours: Steps, peer: Steps, settings: str, tried: dict[str, float]) -> Row:
+def row_of(work: Work, precision: str, ours: Steps, peer: Steps, floor: Steps, settings: str, tried: dict[str, float]) -> Row:
     """The line of two workers' steps."""
     ratios = [b / a for a, b in zip(ours.seconds, peer.seconds, strict=True)]
     memory = ours.memory_gb / peer.memory_gb
@@ -197,6 +198,7 @@ def row_of(work: Work, precision: str, ours: Steps, peer: Steps, settings: str, 
         memory_ratio=memory,
         target=work.target,
         met=statistics.median(ratios) >= work.target,
+        limit=statistics.median(b / a for a, b in zip(floor.seconds, peer.seconds, strict=True)),
         memory_met=memory <= MEMORY_TARGET,
         ours_memory_gb=ours.memory_gb,
         peer_memory_gb=peer.memory_gb,
@@ -240,7 +242,8 @@ def _peer_versions(python: str) -> dict[str, str]:
 def show(rows: Sequence[Row], checks: Sequence[Check], record: dict[str, Any]) -> None:
     """The tables."""
     console = Console(width=150)
-    table = Table("work", "dtype", "ours", "peer", "unit", "ratio", "target", "memory, GB", "peer's settings", title="speed")
+    columns = ("work", "dtype", "ours", "peer", "unit", "ratio", "target", "limit", "memory, GB", "peer's settings")
+    table = Table(*columns, title="speed", caption="limit: the ratio if our step were its matrix products alone")
     for row in rows:
         memory = f"{row.ours_memory_gb:.1f}" if row.ours_memory_gb is not None else ""
         memory += f" / {row.peer_memory_gb:.1f} = {row.memory_ratio:.2f}" if row.memory_ratio is not None else ""
@@ -252,6 +255,7 @@ def show(rows: Sequence[Row], checks: Sequence[Check], record: dict[str, Any]) -
             row.unit,
             f"{row.ratio:.2f} ({row.ratio_min:.2f} to {row.ratio_max:.2f})",
             f"{row.target:g} {'met' if row.met else 'not met'}",
+            "" if row.limit is None else f"{row.limit:.2f}",
             memory + ("" if row.memory_met is None else " met" if row.memory_met else " not met"),
             row.peer_settings,
         )

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from benchmarks.ours import EXAMPLES
+from benchmarks.products import inputs, training_products
 from benchmarks.worker import Pace, serve
 from crosstrain.methods import load_method
 from crosstrain.models import load_model, resolve_device
@@ -45,13 +45,13 @@ def main() -> None:
     model, _ = load_model(options.model, dtype=dtype, device=device)
     optimizer = Optimizer(model, options.precision)
     real = training(model, optimizer, [row["tokens"][:LENGTH] for row in rows[:ROWS]])
-    products = matrix_products(model, ROWS * LENGTH)
+    given = inputs(model, ROWS * LENGTH)
 
     def step() -> Mapping[str, Any]:
         started = clock(device)
         real()
         between = clock(device)
-        products()
+        training_products(model, given, ROWS * LENGTH, ROWS * (LENGTH - 1))
         ended = clock(device)
         return {"amount": 1, "real": between - started, "products": ended - between}
 
@@ -72,24 +72,6 @@ def training(model: Any, optimizer: Optimizer, rows: list[list[int]]) -> Callabl
         for index in cut(batch, engine.micro_batch_tokens, "token"):
             backward(engine, method, batch.rows(index.to(device)), counts, Meter())
         optimizer.zero_grad()
-
-    return run
-
-
-def matrix_products(model: Any, tokens: int) -> Callable[[], None]:
-    """The products of every linear layer and the head: forward, and the gradients of inputs and of weights."""
-    weights = [m.weight.detach() for m in model.modules() if type(m) is nn.Linear]
-    sizes = {n for w in weights for n in w.shape}
-    given = {n: torch.randn(tokens, n).to(weights[0]) for n in sizes}
-
-    def run() -> None:
-        result: Tensor
-        for w in weights:
-            out, into = w.shape
-            result = given[into] @ w.T
-            result = given[out] @ w
-            result = given[out].T @ given[into]
-        del result
 
     return run
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.products import inputs, sampling_products, training_products
 from benchmarks.settings import BATCH, BETA, GENERATIONS, LEARNING_RATE, NEW_TOKENS
 from benchmarks.worker import Pace, serve
 from crosstrain import assemble
@@ -23,12 +24,17 @@ from crosstrain.rollout import Prompt, Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
 from crosstrain.training.engine import Engine
 from crosstrain.training.loop import Progress, StageSettings, train_stage
+from crosstrain.training.loop import Step as Done
+from crosstrain.training.metrics import COMPUTED
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.reference import known_reference
 from crosstrain.training.score import choose_layout
 from crosstrain.types import Example, Method, Source, Trajectory
 
 Step = Callable[[], Mapping[str, Any]]
+
+Floor = Callable[[], None]
+"""The matrix products of the last step, alone."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +67,15 @@ def main() -> None:
     with ExitStack() as stack:
         if name == "generate":
             size, _, way = more.partition(":")
-            step = generating(model, tokenizer, rows["prompts"][: int(size)], greedy=way == "greedy")
+            step, floor = generating(model, rows["prompts"][: int(size)], greedy=way == "greedy")
         else:
-            step = training(name, model, tokenizer, options.precision, rows, device, stack)
-        serve(pace, step)
+            step, floor = training(name, model, tokenizer, options.precision, rows, device, stack)
+        serve(pace, step, floor)
 
 
 def training(
     name: str, model: Any, tokenizer: Any, precision: Any, rows: Mapping[str, Any], device: torch.device, stack: ExitStack
-) -> Step:
+) -> tuple[Step, Floor]:
     """Steps of the real loop."""
     method: Method = {
         "sft": lambda: load_method("sft"),
@@ -103,9 +109,11 @@ def training(
     optimizer.begin()
     settings = StageSettings(BATCH[name], LEARNING_RATE, max_steps=10**9)
     steps = train_stage(engine, method, settings, optimizer, Progress())
+    last: list[Done] = []
 
     def step() -> Mapping[str, Any]:
         done = next(steps)
+        last[:] = [done]
         groups = done.groups
         amount = {
             "sft": lambda: sum(len(t.tokens) for g in groups for t in g.trajectories),
@@ -116,7 +124,16 @@ def training(
         wanted = ("loss", "rewards/margins", "reward", "completions/mean_length")
         return {"amount": amount, **{k: done.metrics[k] for k in wanted if k in done.metrics}}
 
-    return step
+    def floor() -> None:
+        [done] = last
+        tokens, predictions = (int(done.metrics[COMPUTED + name]) for name in ("tokens", "predictions"))
+        given = inputs(model, tokens)
+        training_products(model, given, tokens, predictions)
+        if name == "grpo":
+            completions = [len(t.response) for g in done.groups for t in g.trajectories]
+            sampling_products(model, given, [len(g.example.prompt_tokens) for g in done.groups], completions)
+
+    return step, floor
 
 
 def _supervised(i: int, row: Mapping[str, Any]) -> Example:
@@ -148,7 +165,7 @@ def _trajectory(prompt: tuple[int, ...], answer: list[int], reward: float | None
 EXAMPLES = {"sft": _supervised, "documents": _document, "dpo": _pair, "grpo": _question}
 
 
-def generating(model: Any, tokenizer: Any, prompts: list[Any], *, greedy: bool) -> Step:
+def generating(model: Any, prompts: list[Any], *, greedy: bool) -> tuple[Step, Floor]:
     """One completion of each prompt; sampled ones all have the full length, since nothing ends them."""
     sampler = TorchSampler(model, stop_token_ids=())
     asked = [Prompt(tuple(p["prompt"]), 1, str(i)) for i, p in enumerate(prompts)]
@@ -161,7 +178,13 @@ def generating(model: Any, tokenizer: Any, prompts: list[Any], *, greedy: bool) 
         tokens = [list(c.tokens) for cs in found for c in cs]
         return {"amount": sum(map(len, tokens)), **({"tokens": tokens} if greedy else {})}
 
-    return step
+    lengths = [len(p["prompt"]) for p in prompts]
+    given = inputs(model, sum(lengths))
+
+    def floor() -> None:
+        sampling_products(model, given, lengths, [NEW_TOKENS] * len(prompts))
+
+    return step, floor
 
 
 if __name__ == "__main__":

@@ -84,6 +84,11 @@ class Worker:
         self._say("go")
         return self._read()
 
+    def floor(self) -> dict[str, Any]:
+        """Ask for the least that the last step could take, and wait for it."""
+        self._say("floor")
+        return self._read()
+
     def stop(self) -> None:
         """End it, by force where it does not end by itself."""
         if self._process.poll() is None:
@@ -131,6 +136,14 @@ def in_turn(ours: Side, peer: Side, logs: Path, steps: int, warmup: int = 1) -> 
     with running(ours, logs) as one, running(peer, logs) as other:
         lines = [(one.step(), other.step()) for _ in range(warmup + steps)]
     return Steps(tuple(a for a, _ in lines[warmup:])), Steps(tuple(b for _, b in lines[warmup:]))
+
+
+def in_turn_with_floor(ours: Side, peer: Side, logs: Path, steps: int) -> tuple[Steps, Steps, Steps]:
+    """Steps of two workers after one for warming up, one each in turn, and the floor of each of our steps, measured right after."""
+    with running(ours, logs) as one, running(peer, logs) as other:
+        lines = [(one.step(), other.step(), one.floor()) for _ in range(1 + steps)][1:]
+    mine, theirs, floors = (Steps(tuple(column)) for column in zip(*lines, strict=True))
+    return mine, theirs, floors
 
 
 def fastest(sides: Sequence[Side], logs: Path, steps: int = 1) -> tuple[Side, dict[str, float]]:

@@ -1,7 +1,7 @@
 """The worker's side of a benchmark: do a step when asked, say what it took. Standard library only, since peers import it too.
 
-The parent writes "go" for a step and "stop" for the end; the worker answers each with one JSON line. Two workers that take turns
-see the same machine, minute by minute.
+The parent writes "go" for a step, "floor" for the least that the last step could take, and "stop" for the end; the worker answers
+each with one JSON line. Two workers that take turns see the same machine, minute by minute.
 """
 
 from __future__ import annotations
@@ -29,14 +29,18 @@ class Pace:
         forget_peak()
         self._tell({"ready": True, **facts})
 
-    def go(self) -> bool:
-        """Wait to be asked; False when the parent has had enough."""
-        asked = sys.stdin.readline().strip() == "go"
+    def asked(self) -> str:
+        """Wait for the next word of the parent; empty when it has gone."""
+        word = sys.stdin.readline().strip()
         self._started, self._times = time.perf_counter(), os.times()
-        return asked
+        return word
+
+    def go(self) -> bool:
+        """Wait to be asked for a step; False when the parent has had enough."""
+        return self.asked() == "go"
 
     def done(self, amount: float, **facts: Any) -> None:
-        """A step is over: it took from `go` until now and did this much."""
+        """What was asked for is over: it took from then until now and did this much."""
         seconds, times = time.perf_counter() - self._started, os.times()
         used = {"user": times.user - self._times.user, "system": times.system - self._times.system}
         self._tell({"seconds": seconds, **used, "amount": amount, "memory_gb": peak_gb(), **facts})
@@ -46,11 +50,16 @@ class Pace:
         self._out.flush()
 
 
-def serve(pace: Pace, step: Callable[[], Mapping[str, Any]]) -> None:
-    """Do `step` as often as asked; it returns its amount and other facts."""
+def serve(pace: Pace, step: Callable[[], Mapping[str, Any]], floor: Callable[[], object] | None = None) -> None:
+    """Do `step` as often as asked; it returns its amount and other facts. floor: what the last step could not be without."""
     pace.ready()
-    while pace.go():
-        pace.done(**step())
+    while (word := pace.asked()) in ("go", "floor"):
+        if word == "go":
+            facts = step()
+            pace.done(**facts)
+        elif floor is not None:
+            floor()
+            pace.done(facts["amount"])
 
 
 def forget_peak() -> None:
