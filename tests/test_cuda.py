@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from crosstrain.head import fp32_product, head_logits
-from crosstrain.llama import why_not
 from crosstrain.methods import METHODS, load_method
 from crosstrain.rollout.sampler import Completion, Prompt, Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
+from crosstrain.served import why_not
 from crosstrain.testing import check_method, gradient, made_up_batch, tiny_model
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.score import choose_layout, score

@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from crosstrain.attention import use_short_attention
-from crosstrain.llama import extend, hidden_states, why_not, written_out
+from crosstrain.llama import extend, hidden_states
 from crosstrain.rollout.cache import PreallocatedCache
+from crosstrain.served import why_not, written_out
 from crosstrain.training.optimizer import Optimizer, cast_parameters
 
 SERVED: dict[str, dict[str, Any]] = {

@@ -10,9 +10,9 @@ from crosstrain import assemble
 from crosstrain.config import Recipe, config_hash
 from crosstrain.data import template_hash
 from crosstrain.errors import UserError
-from crosstrain.llama import why_not
 from crosstrain.models import describe_model
 from crosstrain.prepare import Prepared
+from crosstrain.served import why_not
 from crosstrain.training import checkpoint
 from crosstrain.training.engine import Engine
 from crosstrain.training.loop import Progress

@@ -20,10 +20,10 @@ from crosstrain.head import (
     head_parameters,
     plain_head,
 )
-from crosstrain.llama import written_out
 from crosstrain.rollout.decode import HEAD_ROWS, Ask, Policy, cached, plain
 from crosstrain.rollout.rows import Rows
 from crosstrain.rollout.sampler import Completion, Prompt, Sampling, check_keys
+from crosstrain.served import written_out
 
 Path = Literal["cached", "plain"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from crosstrain.cache import cache_folder
 from crosstrain.errors import UserError
-from crosstrain.llama import why_not
+from crosstrain.served import why_not
 from crosstrain.training.record import versions
 from crosstrain.training.score import Layout, trajectory_logps
 from crosstrain.types import Batch, Example, Trajectory

@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from crosstrain.architecture import has_local_attention
 from crosstrain.attention import of_any_shape
 from crosstrain.head import head_logits, plain_head
-from crosstrain.llama import hidden_states, written_out
+from crosstrain.llama import hidden_states
 from crosstrain.prefix import common_start
+from crosstrain.served import written_out
 from crosstrain.training.batching import cut, to_batch
 from crosstrain.training.token_logp import CHUNK, token_logp
 from crosstrain.types import Batch, Channel, Example, Group, Scores, Source, Trajectory
