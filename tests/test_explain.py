@@ -75,7 +75,7 @@ def given_of(batch: Batch, logp: Tensor) -> GivenBatch:
     return parse(GivenBatch, {"groups": [{"id": names[g], "trajectories": rows} for g, rows in groups.items()]})
 
 
-WITHOUT_COLUMNS = [name for name in METHODS if not load_method(name).columns and not load_method(name).channels]
+WITHOUT_COLUMNS = [n for n, m in ((n, load_method(n)) for n in METHODS) if not (m.columns or m.channels or "value" in m.needs)]
 
 
 @pytest.mark.parametrize("name", [n for n in WITHOUT_COLUMNS if n not in ("remax", "chord_mu", "chord_phi")])

@@ -11,13 +11,16 @@ from typing import Any
 import torch
 
 from crosstrain.config import DataSpec, Recipe, Stage
-from crosstrain.config.recipe import SamplingSpec
+from crosstrain.config.recipe import RewardsSpec, SamplingSpec
 from crosstrain.data import Stream, encode, read_rows
 from crosstrain.data.rows import Row, data_hash
 from crosstrain.errors import UserError
 from crosstrain.methods import load_method
-from crosstrain.models import has_bf16_instructions, load_model, load_weights
+from crosstrain.models import has_bf16_instructions, load_model, load_weights, resolve_device
+from crosstrain.reward_models import check_classifier
 from crosstrain.rewards import RewardPool, load_reward
+from crosstrain.rewards.load import Reward
+from crosstrain.rewards.model import ModelReward, is_model
 from crosstrain.rollout.sampler import Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
 from crosstrain.tasks import get_task
@@ -160,6 +163,10 @@ def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
     """A warning for every setting that none of the recipe's stages has a use for; arms of a study share settings, so no error."""
     drawn = {name for method in methods for name in method.plan.streams(method.init())}
     found = [f"data.{name}: no stage draws from it" for name in recipe.data if name not in drawn]
+    if recipe.rewards is not None and all(is_model(f.name) for f in recipe.rewards.functions):
+        fields = RewardsSpec.model_fields
+        idle = [name for name in ("timeout_s", "workers") if getattr(recipe.rewards, name) != fields[name].default]
+        found += [f"rewards.{name}: reward models are asked in this process, under no time limit" for name in idle]
     if any(method.plan.samples for method in methods):
         return found
     if recipe.rewards is not None:
@@ -183,6 +190,27 @@ def check_reference(recipe: Recipe, method: Method, stage: int) -> None:
             f"stage {stage}: a reference at the stage's start is not kept for LoRA runs; train the stages as separate runs, or "
             "without LoRA, or set the method's KL to 0"
         )
+
+
+def check_values(recipe: Recipe, methods: Sequence[Method], model: Any) -> None:
+    """Before step 1: settings of the value head have a head to be about, and a reward model can be saved when it is trained."""
+    for i, (stage, method) in enumerate(zip(recipe.stages, methods, strict=True)):
+        if stage.value_learning_rate is not None and "value" not in method.needs:
+            raise UserError(
+                f"stage {i}: value_learning_rate has no effect, since {method.name} has no value head; leave it out"
+            )
+    if methods[-1].saves != "reward model":
+        return
+    check_classifier(model)
+    spec = recipe.evaluation
+    asked = [name for name in ("in_distribution", "out_of_distribution", "dev") if getattr(spec, name)]
+    if asked:
+        raise UserError(f"evaluation.{asked[0]}: the run ends in a reward model, which answers no questions; leave it out")
+
+
+def value_factor(stage: Stage) -> float:
+    """The value head's learning rate, as a multiple of the stage's."""
+    return 1.0 if stage.value_learning_rate is None else stage.value_learning_rate / stage.learning_rate
 
 
 def check_evaluation(recipe: Recipe, tokenizer: Any) -> None:
@@ -219,7 +247,7 @@ def reward_scorer(recipe: Recipe, tokenizer: Any) -> Iterator[Callable[[list[Gro
         return
     names = [f.name for f in specs.functions] if specs else ["task"]
     weights = [f.weight for f in specs.functions] if specs else [1.0]
-    functions = [_task_reward(tasks) if name == "task" else load_reward(name) for name in names]
+    functions = [_task_reward(tasks) if name == "task" else _reward(name, recipe) for name in names]
     options: dict[str, Any] = (
         {"timeout_s": specs.timeout_s, "on_error": specs.on_error, "workers": specs.workers} if specs else {}
     )
@@ -230,6 +258,12 @@ def reward_scorer(recipe: Recipe, tokenizer: Any) -> Iterator[Callable[[list[Gro
             return scored
 
         yield score_groups
+
+
+def _reward(name: str, recipe: Recipe) -> Reward | ModelReward:
+    """A reward by name; a reward model on the device of the run."""
+    found = load_reward(name)
+    return found.on(str(resolve_device(recipe.device))) if isinstance(found, ModelReward) else found
 
 
 def _task_reward(tasks: list[DataSpec]) -> Any:

@@ -14,7 +14,14 @@ from crosstrain.config import Recipe, to_yaml
 from crosstrain.training.cost import Cost
 
 
-def model_card(recipe: Recipe, record: Mapping[str, Any], cost: Cost, evaluation: Mapping[str, Any] | None) -> str:
+def model_card(
+    recipe: Recipe,
+    record: Mapping[str, Any],
+    cost: Cost,
+    evaluation: Mapping[str, Any] | None,
+    *,
+    saves: str = "language model",
+) -> str:
     """The README.md of a model folder: Hugging Face metadata with evaluation results, then the same for people.
 
     Intervals are 95% t intervals over questions, for this one model; how much a method varies between training seeds is what a
@@ -25,7 +32,7 @@ def model_card(recipe: Recipe, record: Mapping[str, Any], cost: Cost, evaluation
     header = {
         "base_model": recipe.model.name,
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if saves == "reward model" else "text-generation",
         "tags": ["crosstrain", *dict.fromkeys(methods)],
         "model-index": [{"name": " -> ".join(methods), "results": [_result(row) for row in rows]}],
     }

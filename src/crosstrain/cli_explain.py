@@ -15,6 +15,7 @@ from crosstrain.explain import GivenBatch, explain
 from crosstrain.methods import load_method
 
 UP, DOWN = "green", "red"
+NOTHING = "This step would teach nothing: no token has a weight."
 
 
 def explain_batch(name: str, batch: Path, overrides: Sequence[str], *, as_json: bool, console: Console | None = None) -> None:
@@ -77,12 +78,15 @@ def _sentence(found: Mapping[str, Any], given: GivenBatch) -> str:
                 side = up if w > 0 else down
                 side[s] = side.get(s, 0.0) + abs(w)
     total = sum(up.values()) + sum(down.values())
+    moved = [v for g in found["groups"] for t in g["trajectories"] for v in t.get("value_weights", ()) if v]
+    up_at, down_at = sum(v > 0 for v in moved), sum(v < 0 for v in moved)
+    about = f" The value head's output would rise at {up_at} tokens and fall at {down_at}." if moved else ""
     if not total:
-        return "This step would teach nothing: no token has a weight."
+        return f"This step would make no token more or less likely.{about}" if about else NOTHING
 
     def say(side: Mapping[str, float]) -> str:
         names = {"expert": "demonstrations", "policy": "own answers", "tool": "tools' words"}
         return " and ".join(f"{names[s]} ({w / total:.0%} of all weight)" for s, w in side.items() if w)
 
     parts = [f"make {say(up)} more likely"] * any(up.values()) + [f"make {say(down)} less likely"] * any(down.values())
-    return f"This step would {', and '.join(parts)}."
+    return f"This step would {', and '.join(parts)}.{about}"

@@ -43,6 +43,7 @@ class GivenTrajectory(BaseModel):
     teacher_logp: Numbers | None = None
     entropy: Numbers | None = None
     value: Numbers | None = None
+    old_value: Numbers | None = None
 
 
 class GivenGroup(BaseModel):
@@ -63,8 +64,12 @@ class GivenBatch(BaseModel):
     groups: list[GivenGroup] = Field(min_length=1)
 
 
-PER_TOKEN = ("old_logp", "ref_logp", "behaviour_logp", "teacher_logp", "entropy", "value")
-"""Lists that a trajectory may bring beside `logp`."""
+PER_TOKEN = ("old_logp", "ref_logp", "behaviour_logp", "teacher_logp", "entropy", "value", "old_value")
+"""Lists that a trajectory may bring beside `logp`. `value` is that of the state before each token; a reward model reads the last
+as the answer's reward."""
+
+OLD = frozenset({"old_logp", "old_value"})
+"""What is the current policy's where it is not given: one inner update."""
 
 
 def explain(method: Method, given: GivenBatch) -> dict[str, Any]:
@@ -75,10 +80,10 @@ def explain(method: Method, given: GivenBatch) -> dict[str, Any]:
         terms               of each: name, loss, denominator, tokens
         groups              of each: selected, advantage (one number per trajectory, or a list with one per token where they
         differ), and
-                            trajectories, of each: selected, weights
+                            trajectories, of each: selected, weights, and of a method with a value head value_weights
 
-    weights[t] = -d loss / d logp[t], divided as in training: 0 for what is not selected. An absent `old_logp` means one inner
-    update: the old policy is the current one.
+    weights[t] = -d loss / d logp[t] and value_weights[t] = -d loss / d value[t], divided as in training: 0 for what is not
+    selected. An absent `old_logp` or `old_value` means one inner update: the old policy is the current one.
 
     Raises UserError for lists of the wrong length, for columns the method needs that are absent, for a logp above 0, and for a
     method that needs the whole distribution, which log-probs of single tokens do not tell.
@@ -103,7 +108,7 @@ def explain(method: Method, given: GivenBatch) -> dict[str, Any]:
         "settings": dict(method.settings),
         "loss": 0.0,
         "terms": [{"name": t.name, "loss": 0.0, "denominator": 0.0, "tokens": 0} for t in method.terms],
-        "groups": [_nothing(g) for g in given.groups],
+        "groups": [_nothing(g, values="value" in method.needs) for g in given.groups],
     }
     if not kept:
         return answer
@@ -126,7 +131,8 @@ def _worked_out(
     answer: dict[str, Any],
 ) -> dict[str, Any]:
     leaf = torch.where(batch.trained, logp, torch.zeros_like(logp)).requires_grad_()
-    channels = {"entropy": batch.columns["entropy"].nan_to_num()} if "entropy" in batch.columns else {}
+    channels = {name: batch.columns[name].nan_to_num() for name in ("entropy", "value") if name in batch.columns}
+    values = channels["value"].requires_grad_() if "value" in method.needs else None
     counts = count(method.terms, batch, groups=len(torch.unique(batch.group)))
     total, terms = torch.zeros((), dtype=torch.float64), []
     for term in method.terms:
@@ -135,15 +141,17 @@ def _worked_out(
         terms.append({"name": term.name, "loss": loss, "denominator": counts[term.name], "tokens": int(term.on(batch).sum())})
         if part is not None:
             total = total + part.loss
-    weights = torch.zeros_like(leaf)
+    leaves = [leaf] if values is None else [leaf, values]
+    found: tuple[Tensor | None, ...] = (None,) * len(leaves)
     if total.requires_grad:
-        (gradient,) = torch.autograd.grad(total, leaf)
-        weights = -gradient
+        found = torch.autograd.grad(total, leaves, allow_unused=True)
+    weights = [torch.zeros_like(x) if g is None else -g for x, g in zip(leaves, found, strict=True)]
     groups = answer["groups"]
     for r, ((i, k), t) in enumerate(zip(at, rows, strict=True)):
         groups[i]["selected"] = groups[i]["trajectories"][k]["selected"] = True
         groups[i]["advantage"][k] = _credit(batch.advantage[r], batch.trained[r], len(t.source))
-        groups[i]["trajectories"][k]["weights"] = (weights[r, : len(t.source)] + 0.0).tolist()
+        for name, weight in zip(("weights", "value_weights"), weights, strict=False):
+            groups[i]["trajectories"][k][name] = (weight[r, : len(t.source)] + 0.0).tolist()
     return {"loss": sum(t["loss"] for t in terms), "terms": terms, "groups": groups}
 
 
@@ -160,9 +168,10 @@ def _credit(advantage: Tensor, trained: Tensor, length: int) -> Any:
     ]
 
 
-def _nothing(group: GivenGroup) -> dict[str, Any]:
+def _nothing(group: GivenGroup, *, values: bool) -> dict[str, Any]:
     """What a group that the method drops is shown as."""
-    trajectories = [{"selected": False, "weights": [0.0] * len(t.source)} for t in group.trajectories]
+    names = ("weights", "value_weights") if values else ("weights",)
+    trajectories = [{"selected": False, **{name: [0.0] * len(t.source) for name in names}} for t in group.trajectories]
     return {"advantage": [None] * len(group.trajectories), "selected": False, "trajectories": trajectories}
 
 
@@ -203,7 +212,7 @@ def _with_columns(method: Method, batch: Batch, at: Sequence[tuple[int, int]], r
     for name in PER_TOKEN:
         lists = [getattr(t, name) for t in rows]
         absent = [f"groups.{i}.trajectories.{k}" for (i, k), values in zip(at, lists, strict=True) if values is None]
-        if name in method.needs and name != "old_logp" and absent:
+        if name in method.needs and name not in OLD and absent:
             raise UserError(f"method {method.name} needs `{name}`, which is absent from {', '.join(absent[:5])}")
         if absent and len(absent) < len(rows):
             raise UserError(
@@ -211,6 +220,8 @@ def _with_columns(method: Method, batch: Batch, at: Sequence[tuple[int, int]], r
             )
         if not absent:
             batch = batch.with_columns(**{name: _rectangle(batch, [x or [] for x in lists])})
+    if "old_value" in method.needs and "old_value" not in batch.columns:
+        batch = batch.with_columns(old_value=batch.columns["value"])
     missing = method.needs - built - set(batch.columns) - {"old_logp"}
     if missing:
         raise UserError(f"method {method.name} needs {', '.join(sorted(missing))}, which cannot be given here")
@@ -223,8 +234,7 @@ def _with_columns(method: Method, batch: Batch, at: Sequence[tuple[int, int]], r
             )
         if of == "reference":
             return Scores(batch.columns["ref_logp"].nan_to_num())
-        entropy = batch.columns.get("entropy")
-        return Scores(logp, {} if entropy is None else {"entropy": entropy.nan_to_num()})
+        return Scores(logp, {name: batch.columns[name].nan_to_num() for name in ("entropy", "value") if name in batch.columns})
 
     for name, build in method.columns.items():
         try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from crosstrain import assemble
 from crosstrain.config import Recipe
@@ -14,6 +15,7 @@ from crosstrain.training.engine import Engine
 from crosstrain.training.optimizer import Optimizer, Precision
 from crosstrain.training.reference import Known, known_reference
 from crosstrain.types import Method
+from crosstrain.value_head import make_value_head
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Prepared:
     loaded: assemble.Loaded
     precision: Precision
     optimizer: Optimizer
+    value_head: nn.Linear | None = None
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -39,8 +42,10 @@ def prepare(recipe: Recipe) -> Prepared:
         assemble.check_data(method, loaded)
         assemble.check_reference(recipe, method, i)
     assemble.check_evaluation(recipe, tokenizer)
+    assemble.check_values(recipe, methods, model)
     precision = assemble.resolve_precision(recipe, device)
-    return Prepared(device, methods, model, tokenizer, loaded, precision, Optimizer(model, precision))
+    head = make_value_head(model) if any("value" in method.needs for method in methods) else None
+    return Prepared(device, methods, model, tokenizer, loaded, precision, Optimizer(model, precision, head), head)
 
 
 def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
@@ -52,6 +57,7 @@ def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
         assemble.check_rewards(method, rewards)
     samples = any(method.plan.samples for method in ready.methods)
     engine = assemble.make_engine(recipe, ready.model, ready.tokenizer, ready.loaded, rewards, ready.device, samples=samples)
+    engine = replace(engine, value_head=ready.value_head)
     stages = zip(recipe.stages, ready.methods, strict=True)
     if not any("ref_logp" in method.needs and not stage.precompute_ref_log_probs for stage, method in stages):
         return engine

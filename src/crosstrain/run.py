@@ -23,6 +23,7 @@ from crosstrain.models import save_model
 from crosstrain.planning import RunPlan, plan
 from crosstrain.prediction import plan_stages, predict
 from crosstrain.prepare import base_engine, known_base, known_log_probs, prepare
+from crosstrain.reward_models import save_reward_model
 from crosstrain.rewards.child import check_not_in_worker
 from crosstrain.run_evaluation import asks_nothing, evaluate_base, evaluate_trained
 from crosstrain.run_folder import RunResult, folder_of, now, open_folder, result_of
@@ -44,6 +45,7 @@ from crosstrain.training.switch import Plateau
 from crosstrain.training.tally import Tally
 from crosstrain.training.trackers import Log, trackers
 from crosstrain.types import Method
+from crosstrain.value_head import fresh_values
 
 __all__ = ["RunPlan", "RunResult", "as_recipe", "evaluate_base", "plan", "train"]
 
@@ -125,10 +127,10 @@ class _Run:
         self.optimizer.end()
         give_back()
         if save_weights:  # before the evaluation, whose failure must not lose it
-            save_model(self.model, self.tokenizer, self.folder / "model")
+            self._save_model(self.folder / "model")
         evaluation = self._evaluate()
         if save_weights:
-            card = model_card(self.recipe, self.record, self.progress.cost, evaluation)
+            card = model_card(self.recipe, self.record, self.progress.cost, evaluation, saves=self.methods[-1].saves)
             (self.folder / "model" / "README.md").write_text(card, encoding="utf-8")
         return self._finish(evaluation)
 
@@ -189,7 +191,7 @@ class _Run:
         if stage.init_from == "base" and not first:
             fresh = assemble.load_base_weights(self.recipe, self.device)
             weights = {n: p.detach() for n, p in fresh.named_parameters() if n in self.optimizer.masters}
-            self.optimizer.set_weights(weights)
+            self.optimizer.set_weights(weights | fresh_values(self.optimizer.masters))
         if stage.init_from == "best":
             if not self.best:
                 raise UserError(f"stage {self.progress.stage}: init_from 'best', but no best checkpoint was kept before it")
@@ -199,6 +201,7 @@ class _Run:
             betas=(stage.adam_beta1, stage.adam_beta2),
             eps=stage.adam_epsilon,
             restart=stage.restart_optimizer or first,
+            value_factor=assemble.value_factor(stage),
         )
         if stage.restart_schedule:
             self.progress.optimizer_steps = 0
@@ -265,6 +268,9 @@ class _Run:
     def _evaluate(self) -> dict[str, Any] | None:
         if asks_nothing(self.recipe):
             return None
+        if self.methods[-1].saves == "reward model":
+            self._warn("evaluation: the run ends in a reward model, which answers nothing; nothing was measured")
+            return None
         return evaluate_trained(self.recipe, self.model, self.tokenizer, self.folder, base=self.base, display=self.display)
 
     def _done(self) -> float:
@@ -285,6 +291,13 @@ class _Run:
 
     def _weights(self) -> dict[str, torch.Tensor]:
         return {n: w.contiguous().cpu() for n, w in self.optimizer.weights().items()}
+
+    def _save_model(self, folder: Path) -> None:
+        if self.methods[-1].saves == "reward model":
+            assert self.ready.value_head is not None
+            save_reward_model(self.model, self.ready.value_head, self.tokenizer, folder)
+        else:  # a critic's head stays behind: it is no part of the language model
+            save_model(self.model, self.tokenizer, folder)
 
     def _save(self) -> None:
         self.progress.tally = self.progress.tally.held(peak_memory_gb(self.device))
@@ -317,7 +330,8 @@ class _Run:
             if self.started:
                 stage = self.recipe.stages[self.progress.stage]
                 betas = (stage.adam_beta1, stage.adam_beta2)
-                self.optimizer.begin(weight_decay=stage.weight_decay, betas=betas, eps=stage.adam_epsilon)
+                factor = assemble.value_factor(stage)
+                self.optimizer.begin(weight_decay=stage.weight_decay, betas=betas, eps=stage.adam_epsilon, value_factor=factor)
             self.optimizer.load(found.weights, found.moments)
             step = self.progress.step
             self.display.say(f"{self.folder.name}: resuming after step {step}")

@@ -29,6 +29,7 @@ from crosstrain.training.engine import Engine
 from crosstrain.training.loop import NonFinite, backward
 from crosstrain.training.metrics import Meter
 from crosstrain.types import Batch, Example, Group, Method, Scores, Source, Trajectory
+from crosstrain.value_head import make_value_head, named
 
 VOCABULARY = 61
 
@@ -176,7 +177,8 @@ class _Examples:
 
 
 def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 0) -> Batch:
-    """A batch as the loop would hand it to the method's terms, with old and reference log-probs a little off the model's."""
+    """A batch as the loop would hand it to the method's terms, with old and reference log-probs, and old values, a little off the
+    model's and those of a made-up value head."""
     state = method.init()
     stream = _Examples(made_up_examples(method, examples, seed))
     names = method.plan.streams(state)
@@ -195,11 +197,12 @@ def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 
     )
     engine = _engine(model, micro_batch_tokens=10**6)
     batch = to_batch(collected.groups).to(engine.device)
-    logp = no_grad_scores(engine, method, batch).logp
+    scores = no_grad_scores(engine, method, batch, watch=True)
     generator = torch.Generator().manual_seed(seed)
-    for name in sorted(method.needs & {"old_logp", "ref_logp"}):
-        noise = torch.randn(logp.shape, generator=generator, dtype=torch.float64) * 0.3
-        off = torch.where(batch.trained, logp + noise.to(logp), torch.full_like(logp, math.nan))
+    for name in sorted(method.needs & {"old_logp", "ref_logp", "old_value"}):
+        known = scores.channels["value"] if name == "old_value" else scores.logp
+        noise = torch.randn(known.shape, generator=generator, dtype=torch.float64) * 0.3
+        off = torch.where(batch.trained, known + noise.to(known), torch.full_like(known, math.nan))
         batch = batch.with_columns(**{name: off})
 
     def look(other: Batch, *, of: Literal["current", "reference"] = "current") -> Scores:
@@ -214,13 +217,25 @@ def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 
 def gradient(
     method: Method, model: Any, batch: Batch, *, layout: str = "plain", micro_batches: Sequence[Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The method's gradient on all of the model's parameters, by name, from the loop's own backward."""
+    """The method's gradient on all parameters of the model, and of a made-up value head, by name, from the loop's own backward."""
     engine = _engine(model, layout=layout)
     counts = count(method.terms, batch, groups=len(torch.unique(batch.group)))
     model.zero_grad(set_to_none=True)
     for index in micro_batches if micro_batches is not None else [torch.arange(len(batch))]:
         backward(engine, method, batch.rows(index), counts, Meter())
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: p.grad.clone() for name, p in _parameters(engine).items() if p.grad is not None}
+
+
+def made_up_value_head(model: Any) -> torch.nn.Linear:
+    """A value head for a model, with weights that differ from 0, always the same ones."""
+    head = make_value_head(model)
+    drawn = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    head.weight.data = (0.3 * drawn).to(head.weight)
+    return head
+
+
+def _parameters(engine: Engine) -> dict[str, Tensor]:
+    return {**dict(engine.model.named_parameters()), **named(engine.value_head)}
 
 
 def _engine(model: Any, layout: str = "plain", micro_batch_tokens: int = 4096) -> Engine:
@@ -231,6 +246,7 @@ def _engine(model: Any, layout: str = "plain", micro_batch_tokens: int = 4096) -
         device=next(model.parameters()).device,
         streams={},
         micro_batch_tokens=micro_batch_tokens,
+        value_head=made_up_value_head(model),
     )
 
 
@@ -313,11 +329,12 @@ def unrelated_rows_leak_nothing(method: Method, model: Any, tolerance: float) ->
     total: dict[str, Tensor] = {}
     engine = _engine(model)
     for g in groups:  # each group alone, its advantage made on the whole batch, under the whole batch's counts
-        model.zero_grad(set_to_none=True)
+        for p in _parameters(engine).values():
+            p.grad = None
         alone = batch.rows(torch.nonzero(batch.group == g).flatten())
         kept = int(alone.length.max())
         backward(engine, method, _trimmed(alone, kept), counts, Meter())
-        for name, p in model.named_parameters():
+        for name, p in _parameters(engine).items():
             if p.grad is not None:
                 total[name] = total.get(name, torch.zeros_like(p)) + p.grad
     _same(gradient(method, model, batch), total, tolerance, "other groups")

@@ -201,7 +201,7 @@ class Batch:
     rank: [B] int64, position by reward within the group, 0 is best; rows of equal reward share the better rank.
     reward: [B] float, NaN where unknown.
     advantage: [B, T] float, NaN where no advantage was set.
-    columns: further no-gradient tensors [B, T] or [B], NaN where unknown: `behaviour_logp`, `old_logp`, `ref_logp`, ...
+    columns: further no-gradient tensors [B, T] or [B], NaN where unknown: `behaviour_logp`, `old_logp`, `ref_logp`, `old_value`...
     example_ids: B names for messages.
     prompt_length: [B] int64, tokens that all rows of a group share at their start (what may be computed once).
     length: [B] int64, tokens of each row without padding.
@@ -351,7 +351,8 @@ class Term:
     per: the denominator, counted by the trainer over the whole optimizer step.
     coef: a number or a schedule over optimizer steps.
     unit: what a micro-batch may not split.
-    needs: columns or channels it reads: "ref_logp", "entropy", ... ("old_logp" is made when a batch is used more than once).
+    needs: columns or channels it reads: "ref_logp", "entropy", ... ("old_logp" is made when a batch is used more than once; "value"
+        asks for a value head, "old_value" is what it said before the updates).
     logged: the published loss, where its value differs from that of `value` (PPO's min form); same shape, no gradient taken.
     describe: the formula in words, printed by `crosstrain methods`.
     """
@@ -424,6 +425,7 @@ class Method:
     channels: full-vocabulary functionals of its own by name, computed inside the head, chunk by chunk, with gradient (GEM).
     embed: changes the input embeddings in training, `(embeddings [N, L, D], batch) -> same` (NEFTune).
     grad_mask: parameters to leave alone at a step, by state (MIFO).
+    saves: what a run that ends with it leaves: the language model, or a sequence classifier of it and the value head.
     probes: quantities to measure at every step and hand to `update`: `grad_norm/<term>`, the norm of that term's gradient alone.
     name, settings, paper: how it was made, for records.
     """
@@ -442,6 +444,7 @@ class Method:
     embed: Callable[[Tensor, Batch], Tensor] | None = None
     grad_mask: Callable[[State], Callable[[str], bool]] | None = None
     probes: tuple[str, ...] = ()
+    saves: Literal["language model", "reward model"] = "language model"
     name: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     paper: str = ""

@@ -34,6 +34,7 @@ STAGES = {
     "sft": [stage("sft", lr_scheduler_type="cosine", warmup_steps=2)],
     "grpo": [stage({"grpo": {"num_generations": 3, "num_iterations": 2, "minibatches": 2}})],
     "luffy": [stage({"luffy": {"num_generations": 3}})],
+    "ppo": [stage({"ppo": {"num_generations": 2, "num_ppo_epochs": 2, "num_mini_batches": 2}}, value_learning_rate=0.1)],
     "sft then grpo": [stage("sft", max_steps=3), stage({"grpo": {"num_generations": 3}}, restart_optimizer=False, max_steps=4)],
 }
 

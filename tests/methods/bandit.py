@@ -20,6 +20,7 @@ from crosstrain.training.engine import Engine
 from crosstrain.training.loop import Progress, StageSettings, train_stage
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.types import Example, Group, Method, Source, Trajectory
+from crosstrain.value_head import make_value_head
 
 VOCABULARY = 12
 END = 2
@@ -106,6 +107,7 @@ def model_for(seed: int = 0) -> Any:
 def learn(method: Method, model: Any, bandit: Bandit, *, steps: int, seed: int = 1) -> list[dict[str, float]]:
     """Train `model` in place for `steps` steps on all prompts; the steps' metrics."""
     frozen = copy.deepcopy(model)
+    head = make_value_head(model) if "value" in method.needs else None
     engine = Engine(
         model=model,
         parameters=1,
@@ -117,7 +119,8 @@ def learn(method: Method, model: Any, bandit: Bandit, *, steps: int, seed: int =
         rewards=bandit.rewards,
         seed=seed,
         reference=lambda: nullcontext(frozen),
+        value_head=head,
     )
     settings = StageSettings(batch_size=len(bandit.right), learning_rate=5e-3, max_steps=steps)
     progress = Progress(state=method.init())
-    return [dict(s.metrics) for s in train_stage(engine, method, settings, Optimizer(model, "fp32"), progress)]
+    return [dict(s.metrics) for s in train_stage(engine, method, settings, Optimizer(model, "fp32", head), progress)]

@@ -111,7 +111,8 @@ class RewardSpec(BaseModel):
 
     model_config = STRICT
     name: Annotated[str, BeforeValidator(_function_name)] = Field(
-        description="Built-in reward, `file.py:function`, or `task` (the reward of the data's task). In Python, a function."
+        description="Built-in reward, `file.py:function`, `task` (the reward of the data's task), or a reward model: the folder or "
+        "hub id of a sequence classifier with one label. In Python, a function."
     )
     weight: Number = Field(1.0, description="Factor of this score in the weighted sum.")
 
@@ -198,6 +199,9 @@ class Stage(BaseModel):
     budget_share: Share | None = Field(None, description="Share of the recipe's budget after which the stage ends.")
     batch_size: Count = Field(8, description="Examples collected per step.")
     learning_rate: Positive = Field(description="Peak learning rate of AdamW.")
+    value_learning_rate: Positive | None = Field(
+        None, description="Peak learning rate of the value head, of methods that have one; `learning_rate` when not given."
+    )
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = Field("constant", description="Schedule after warmup.")
     warmup_steps: Whole = Field(0, description="Steps over which the learning rate rises from 0.")
     weight_decay: Number = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")

@@ -3,27 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Tensor
 
 from crosstrain.methods.plans import rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import centred, raw_reward, whitened
+from crosstrain.objective.returns import kl_penalty, returns_to_go, token_rewards, whitened_tokens
 from crosstrain.objective.terms import by, clipped, kl
 from crosstrain.types import Batch, Method, Per, Source, Term, Updates
 
+PENALTY = "kl_penalty"
+"""The column of what a KL takes off each token's reward."""
 
-@method(paper="arXiv:2501.03262", family="reinforcement learning", checked="port")
-def reinforce_pp(num_generations: int = 1, epsilon: float = 0.2, num_iterations: int = 1, minibatches: int = 1) -> Method:
-    """REINFORCE++: PPO's loss with the reward, normalised over the step, as every token's advantage.
+
+@method(
+    paper="arXiv:2501.03262",
+    family="reinforcement learning",
+    checked="port",
+    deviates="kl_coef 0.01 (the paper's for general tasks; 0.001 for mathematics) is from memory of its table, not checked.",
+)
+def reinforce_pp(
+    num_generations: int = 1, epsilon: float = 0.2, kl_coef: float = 0.01, num_iterations: int = 1, minibatches: int = 1
+) -> Method:
+    """REINFORCE++: PPO's loss with the return of each token, normalised over the step, as its advantage.
 
     Loss (logged): max(-A r, -A clip(r, 1 - epsilon, 1 + epsilon)) averaged over all tokens of the step, r = pi / pi_old, and
-    A = (R - mean) / (std + 1e-8), mean and std over all tokens of the step. Weight on grad log pi: gate r A / N.
+    A_t = (G_t - mean) / (std + 1e-8), mean and std over all tokens of the step, with the return
+    G_t = R - kl_coef sum over s >= t of (log pi_old - log ref) of own tokens. Weight on grad log pi: gate r A / N.
 
-    The paper takes a KL per token off the reward before; with beta 0, which is this method, all tokens of a completion share one
-    return.
+    kl_coef: with 0 no reference is kept, and all tokens of a completion share one return, the reward.
     """
-    return _made(raw_reward, num_generations, epsilon, 0.0, Updates(num_iterations, minibatches))
+    if kl_coef < 0:
+        raise ValueError(f"kl_coef: got {kl_coef}; it must be 0 (no KL) or positive")
+    made = _made(raw_reward, num_generations, epsilon, 0.0, Updates(num_iterations, minibatches))
+    if kl_coef == 0:
+        return made
+
+    def credit(batch: Batch) -> Tensor:
+        return whitened_tokens(batch, returns_to_go(batch, token_rewards(batch, penalty=batch.columns[PENALTY])))
+
+    (term,) = made.terms
+    return replace(
+        made,
+        terms=(replace(term, needs=term.needs | {"ref_logp", PENALTY}),),
+        advantage=credit,
+        columns={PENALTY: lambda look, batch: kl_penalty(look, batch, kl_coef)},
+    )
 
 
 @method(paper="arXiv:2501.03262", family="reinforcement learning", checked="port")

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from crosstrain.objective.denominators import Denominator, current, old
 from crosstrain.objective.gates import Gate, always, ppo_clip
+from crosstrain.objective.returns import divergence
 from crosstrain.types import Batch, On, Per, Schedule, Scores, Source, Term, Value
 
 Normalise = Callable[[Tensor, Batch], Tensor]
@@ -209,17 +210,12 @@ def kl(
     k1: d (as a loss on own samples it has zero expected gradient). k2: d^2 / 2 (the reverse-KL gradient).
     k3: exp(-d) - 1 + d (GRPO, arXiv:2402.03300; its gradient is that of the forward KL(ref || pi)).
     """
-    formulas: dict[str, Callable[[Tensor], Tensor]] = {
-        "k1": lambda d: d,
-        "k2": lambda d: d**2 / 2,
-        "k3": lambda d: torch.exp(-d) - 1 + d,
-    }
-    if estimator not in formulas:
-        raise ValueError(f"kl: got estimator={estimator!r}; allowed: {', '.join(formulas)}")
+    if estimator not in ("k1", "k2", "k3"):
+        raise ValueError(f"kl: got estimator={estimator!r}; allowed: k1, k2, k3")
 
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
         difference = torch.where(on, scores.logp - batch.columns["ref_logp"], torch.zeros_like(scores.logp))
-        return formulas[estimator](difference) * normalise(on, batch)
+        return divergence(difference, estimator) * normalise(on, batch)
 
     return Term(name, value, on, per, coef, needs=frozenset({"ref_logp"}), describe=f"{estimator} of log pi - log ref")
 

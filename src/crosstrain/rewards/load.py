@@ -15,8 +15,9 @@ from types import ModuleType
 from typing import Any
 
 from crosstrain.errors import UserError, nearest
+from crosstrain.rewards.model import ModelReward, is_model
 
-FORMS = "a built-in name, file.py:function, package.module:function, or task:NAME"
+FORMS = "a built-in name, file.py:function, package.module:function, task:NAME, or a reward model (a folder, or a hub id)"
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,13 @@ class Reward:
         return scores
 
 
-def load_reward(spec: str, **config: Any) -> Reward:
-    """The reward function that `spec` names: a built-in name, `path/to/file.py:function`, `package.module:function`, or `task:NAME`
-    for the reward of a task with the settings `config`.
+def load_reward(spec: str, **config: Any) -> Reward | ModelReward:
+    """The reward function that `spec` names: a built-in name, `path/to/file.py:function`, `package.module:function`, `task:NAME`
+    for the reward of a task with the settings `config`, or a reward model's folder or hub id.
 
-    Raises UserError for a spec of no known form, an unknown built-in, a file that is not there, and settings for anything but a
-    task. Whether the function itself exists is seen where it is loaded: at the start of a `RewardPool`, or in the first call.
+    Raises UserError for a spec of no known form, an unknown built-in, a file that is not there, a folder that holds no reward
+    model, and settings for anything but a task. Whether the function itself exists is seen where it is loaded: at the start of a
+    `RewardPool`, or in the first call.
     """
     kind, _, name = spec.rpartition(":")
     if config and kind != "task":
@@ -56,6 +58,8 @@ def load_reward(spec: str, **config: Any) -> Reward:
     if not kind:
         from crosstrain.rewards.builtin import BUILT_IN
 
+        if name not in BUILT_IN and is_model(spec):
+            return ModelReward(spec)
         if name not in BUILT_IN:
             raise UserError(f"unknown reward {spec!r}; {nearest(spec, BUILT_IN)}; other forms: {FORMS}")
     elif not name.isidentifier():

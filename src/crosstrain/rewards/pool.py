@@ -1,10 +1,11 @@
-"""Scoring groups in child processes that can be killed."""
+"""Scoring groups: reward functions in child processes that can be killed, reward models in this one."""
 
 from __future__ import annotations
 
 import json
 import math
 import queue
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from typing import Any, Literal, Self
 from crosstrain.errors import UserError
 from crosstrain.rewards.child import Child, ChildDied, ChildTimeout
 from crosstrain.rewards.load import Reward, load_reward
+from crosstrain.rewards.model import ModelReward, unusable
 from crosstrain.types import Group, Source, Trajectory
 
 Decode = Callable[[tuple[int, ...]], str]
@@ -47,7 +49,8 @@ Result = list[float | None] | Failure
 
 
 class RewardPool:
-    """Reward functions in `workers` child processes, started once and replaced when they crash or hang.
+    """Reward functions in `workers` child processes, started once and replaced when they crash or hang. A reward model runs no code
+    of a user's and reads only tokens: it is asked in this process, one group at a time, under no time limit.
 
         with RewardPool([load_reward("check.py:right"), load_reward("exact_match")], weights=[1.0, 0.5]) as pool:
             groups, counts = pool.score(groups, decode)
@@ -66,7 +69,7 @@ class RewardPool:
 
     def __init__(
         self,
-        functions: Sequence[Reward | str],
+        functions: Sequence[Reward | ModelReward | str],
         weights: Sequence[float] | None = None,
         *,
         timeout_s: float = 10.0,
@@ -75,7 +78,9 @@ class RewardPool:
         memory_gb: float | None = 8.0,
         start_s: float = 120.0,
     ) -> None:
-        self.functions = tuple(f if isinstance(f, Reward) else load_reward(f) for f in functions)
+        self.functions = tuple(load_reward(f) if isinstance(f, str) else f for f in functions)
+        self._called = tuple(f for f in self.functions if isinstance(f, Reward))  # in child processes
+        self._asking = threading.Lock()
         self.weights = tuple(1.0 for _ in self.functions) if weights is None else tuple(weights)
         if not self.functions or len(self.weights) != len(self.functions):
             raise UserError(
@@ -93,7 +98,7 @@ class RewardPool:
             raise UserError(f"rewards: the same function is given twice: {', '.join(self.names)}")
         self.timeout_s, self.on_error, self.start_s = timeout_s, on_error, start_s
         self._memory_gb = memory_gb
-        self._children = [Child(self.functions, memory_gb) for _ in range(workers)]
+        self._children = [Child(self._called, memory_gb) for _ in range(workers if self._called else 0)]
         self._closer = weakref.finalize(self, _stop_all, self._children)  # also runs at exit
         try:
             for child in self._children:
@@ -125,18 +130,33 @@ class RewardPool:
             free.put(i)
 
         def run(call: tuple[int, int]) -> Result:
+            function = self.functions[call[1]]
+            if isinstance(function, ModelReward):
+                return self._ask(function, columns[call[0]])
             slot = free.get()
             try:
-                return self._run(slot, call[1], columns[call[0]], len(chosen[call[0]]))
+                return self._run(slot, self._called.index(function), columns[call[0]], len(chosen[call[0]]))
             finally:
                 free.put(slot)
 
         if not self._closer.alive:
             raise UserError("rewards: the pool is closed")
-        with ThreadPoolExecutor(len(self._children)) as threads:
+        with ThreadPoolExecutor(max(len(self._children), 1)) as threads:
             results = dict(zip(calls, threads.map(run, calls), strict=True))
         self._raise_first(groups, results)
         return self._set(groups, chosen, results)
+
+    def _ask(self, model: ModelReward, columns: Mapping[str, Any]) -> Result:
+        """A reward model's scores of one group."""
+        try:
+            with self._asking:
+                scores = model(**columns)
+        except UserError:
+            raise
+        except Exception as error:
+            return Failure(f"raised {type(error).__name__}: {error}", bug=True)
+        wrong = unusable(scores)
+        return Failure(wrong, bug=True) if wrong else scores
 
     def _run(self, slot: int, function: int, columns: Mapping[str, Any], n: int) -> Result:
         """One call in the child at `slot`, which is replaced when the call ends it."""
@@ -145,10 +165,10 @@ class RewardPool:
         try:
             reply = child.call(function, columns, self.timeout_s)
         except ChildTimeout:
-            self._children[slot] = Child(self.functions, self._memory_gb)
+            self._children[slot] = Child(self._called, self._memory_gb)
             return Failure(f"took longer than {self.timeout_s:g} s (its time limit, timeout_s)", bug=False, timeout=True)
         except ChildDied as error:
-            self._children[slot] = Child(self.functions, self._memory_gb)
+            self._children[slot] = Child(self._called, self._memory_gb)
             return Failure(f"crashed: its process {error}", bug=False)
         if "error" in reply:
             return Failure(f"raised {reply['error']}", bug=True)

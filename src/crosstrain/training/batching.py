@@ -90,8 +90,7 @@ def with_advantage(batch: Batch, advantage: Tensor) -> Batch:
 
 def distinct_demonstrations(group: Group) -> int:
     """How many different texts of an expert a group has: a hint that several rollouts start from is one."""
-    texts = (tuple(x for x, s in zip(t.tokens, t.source, strict=True) if s == Source.EXPERT) for t in group.by(Source.EXPERT))
-    return len(set(texts))
+    return len({t.tokens[: max(i for i, s in enumerate(t.source) if s == Source.EXPERT) + 1] for t in group.by(Source.EXPERT)})
 
 
 def distinct_tokens(batch: Batch) -> int:

@@ -1,5 +1,5 @@
-"""What a batch is given before its updates, without gradient: log-probs of the old policy and of the reference, and whatever a
-method builds of its own."""
+"""What a batch is given before its updates, without gradient: log-probs and values of the old policy, log-probs of the reference,
+and whatever a method builds of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from crosstrain.errors import UserError
 from crosstrain.training.batching import cut, distinct_tokens
 from crosstrain.training.cost import Cost
-from crosstrain.training.engine import Engine, temperature_of
+from crosstrain.training.engine import Engine, temperature_of, values_of
 from crosstrain.training.reference import reference_column
 from crosstrain.training.score import CHANNELS, score
 from crosstrain.types import Batch, Method, Scores
@@ -22,24 +22,34 @@ def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tup
     """The batch with every no-gradient column the method needs, and what computing them cost.
 
     `old_logp` is made only when the batch is used more than once: with one update it equals the current policy by construction.
+    The same batch is scored once, whatever columns are read off it.
     """
     passes: list[int] = []
+    seen: dict[str, Scores] = {}
+    tokens = batch.tokens
 
     def look(other: Batch, *, of: Literal["current", "reference"] = "current") -> Scores:
+        if other.tokens is tokens and of in seen:
+            return seen[of]
         passes.append(distinct_tokens(other))
-        return (
+        scores = (
             reference_scores(engine, method, other) if of == "reference" else no_grad_scores(engine, method, other, watch=True)
         )
+        if other.tokens is tokens:
+            seen[of] = scores
+        return scores
 
     if "old_logp" in method.needs and method.updates.steps > 1:
         batch = batch.with_columns(old_logp=look(batch).logp)
+    if "old_value" in method.needs:
+        batch = batch.with_columns(old_value=look(batch).channels["value"])
     if "ref_logp" in method.needs:
         batch = batch.with_columns(ref_logp=look(batch, of="reference").logp)
     for name, build in method.columns.items():
         batch = batch.with_columns(**{name: build(look, batch)})
     for scored in passes:
         cost = cost.forward(scored, engine.parameters)
-    missing = method.needs - set(batch.columns) - set(CHANNELS) - set(method.channels) - {"old_logp"}
+    missing = method.needs - set(batch.columns) - set(CHANNELS) - set(method.channels) - {"old_logp", "value"}
     if missing:
         raise UserError(f"method {method.name} reads {', '.join(sorted(missing))}, which nothing provides")
     return batch, cost
@@ -58,12 +68,19 @@ def reference_scores(engine: Engine, method: Method, batch: Batch) -> Scores:
 @torch.no_grad()
 def no_grad_scores(engine: Engine, method: Method, batch: Batch, *, watch: bool = False) -> Scores:
     """The model's log-probs of a whole batch, in micro-batches, without gradient; with `watch` the channels of `score`'s
-    `watch`."""
+    `watch`, and the values that the method reads."""
     whole: dict[str, Tensor] = {}
     for index in cut(batch, engine.micro_batch_tokens, "token", shared=engine.layout == "shared"):
         rows = index.to(engine.device)
         temperature = temperature_of(engine, method)
-        part = score(engine.model, batch.rows(rows), watch=watch, temperature=temperature, layout=engine.layout)
+        part = score(
+            engine.model,
+            batch.rows(rows),
+            watch=watch,
+            temperature=temperature,
+            layout=engine.layout,
+            value_head=values_of(engine, method) if watch else None,
+        )
         for name, values in {"logp": part.logp, **part.channels}.items():
             whole.setdefault(name, values.new_zeros(batch.tokens.shape))[rows] = values
     return Scores(whole.pop("logp"), whole)

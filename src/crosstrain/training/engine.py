@@ -8,12 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from crosstrain.errors import UserError
 from crosstrain.rollout.sampler import Sampler, Sampling
 from crosstrain.training.collect import ScoreGroups, Stream, Truncation
 from crosstrain.training.reference import Known
 from crosstrain.training.score import Layout
 from crosstrain.types import Method
+from crosstrain.value_head import reader
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Engine:
     """What a stage runs on: the model and everything around it that no step changes.
 
     known_reference: the reference's log-probs of all data, in place of the reference itself; a budget is charged for its passes all
-    the same.
+    the same. value_head: read by methods that need `value`; the model's hidden states are the policy's and the critic's alike.
     """
 
     model: Any
@@ -37,8 +40,18 @@ class Engine:
     seed: int = 0
     reference: Callable[[], AbstractContextManager[Any]] | None = None
     known_reference: Known | None = None
+    value_head: nn.Linear | None = None
 
 
 def temperature_of(engine: Engine, method: Method) -> float:
     """Methods that sample train the distribution they sample from; imitation is at temperature 1."""
     return (engine.sampling.temperature or 1.0) if method.plan.samples else 1.0
+
+
+def values_of(engine: Engine, method: Method) -> Callable[[Tensor], Tensor] | None:
+    """What reads the channel `value` off hidden states, for a method that needs it; None for any other."""
+    if "value" not in method.needs:
+        return None
+    if engine.value_head is None:
+        raise UserError(f"method {method.name} reads values, and the model was given no value head")
+    return reader(engine.value_head)

@@ -23,7 +23,7 @@ from crosstrain.training.batching import cut, distinct_demonstrations, distinct_
 from crosstrain.training.collect import Collected, collect
 from crosstrain.training.columns import add_columns
 from crosstrain.training.cost import Cost
-from crosstrain.training.engine import Engine, temperature_of
+from crosstrain.training.engine import Engine, temperature_of, values_of
 from crosstrain.training.metrics import COMPUTED, TIME, Meter, merge, rollout_metrics, without_logp_difference
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.probe import product_weights
@@ -297,8 +297,10 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
         temperature=temperature_of(engine, method),
         layout=engine.layout,
         embed=method.embed,
+        value_head=values_of(engine, method),
     )
-    inputs = [scores.logp, *(scores.channels[name] for name in channels)]
+    values = scores.channels.get("value")
+    inputs = [scores.logp, *(scores.channels[name] for name in channels), *([] if values is None else [values])]
     gradients: list[Tensor] = [torch.zeros_like(x) for x in inputs]
     used = torch.zeros_like(batch.trained)
     policy_weights = torch.zeros_like(scores.logp)
@@ -315,7 +317,8 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
         for total, gradient in zip(gradients, found, strict=True):
             if gradient is not None:
                 total += gradient
-        used |= term.on(batch)
+        if "value" not in term.needs:  # what reads values alone says nothing about the policy's words
+            used |= term.on(batch)
         meter.add_loss(term.name, part.logged)
         if found[0] is not None:
             meter.add_weights(term.name, -found[0], batch)
@@ -327,8 +330,11 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
     meter.add_scores(batch, logp, scores.channels["entropy"].detach(), scores.channels["correct"], used)
     if "old_logp" in batch.columns:
         meter.add_clipped(batch, policy_weights, used)
-    if any("pairs" in t.per.counts for t in method.terms):
+    if any("pairs" in t.per.counts and "value" not in t.needs for t in method.terms):
         meter.add_pairs(batch, logp, used, float(method.settings.get("beta", 1.0)))
+    for term in method.terms:
+        if "value" in term.needs and values is not None:
+            meter.add_values(batch, values.detach(), term.on(batch), pairs="pairs" in term.per.counts)
 
 
 def _names(batch: Batch) -> str:

@@ -121,6 +121,18 @@ class Meter:
         self._add("logps/chosen", float(totals[better].sum()))
         self._add("logps/rejected", float(totals[worse].sum()))
 
+    def add_values(self, batch: Batch, values: Tensor, on: Tensor, *, pairs: bool) -> None:
+        """Values of the tokens of a term; of preference pairs, where a row's value is its reward, also DPO's metrics."""
+        self._add("values/mean", float(values[on].sum()))
+        self._add("value_tokens", float(on.sum()))
+        if pairs:
+            better, worse = batch.pairs()
+            reward = torch.where(on, values, torch.zeros_like(values)).sum(dim=1)
+            self._add("pairs", float(len(better)))
+            self._add("rewards/chosen", float(reward[better].sum()))
+            self._add("rewards/rejected", float(reward[worse].sum()))
+            self._add("rewards/accuracies", float((reward[better] > reward[worse]).sum()))
+
     def metrics(self) -> dict[str, float]:
         """The step's entries; a quantity nothing contributed to is left out."""
         result = {"loss": sum(self.losses.values())}
@@ -136,10 +148,11 @@ class Meter:
             (LOGP_DIFFERENCE + "mean", "mismatch", "mismatch_tokens"),
             ("kl", "kl", "kl_tokens"),
             ("clip_ratio/region_mean", "clipped_tokens", "live_tokens"),
+            ("values/mean", "values/mean", "value_tokens"),
             *((name, name, "pairs") for name in _PAIR_METRICS),
         ):
-            if sums.get(count):
-                result[name] = sums.get(value, 0.0) / sums[count]
+            if sums.get(count) and value in sums:
+                result[name] = sums[value] / sums[count]
         if sums.get("mismatch_tokens"):
             result[LOGP_DIFFERENCE + "max"] = self.mismatch_max
         result |= self.computed()

@@ -12,16 +12,19 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from crosstrain.value_head import VALUE_HEAD, named
+
 Precision = Literal["fp32", "mixed", "bf16"]
 
 
 class Optimizer:
-    """AdamW over a model's trainable parameters, holding the master weights where the policy asks for them.
+    """AdamW over a model's trainable parameters, and a value head's, holding the master weights where the policy asks for them.
 
-    After construction the model computes in the policy's dtype; `begin` sets AdamW's numbers.
+    The head is trained in its own dtype, which is at least fp32, under every policy. After construction the model computes in the
+    policy's dtype; `begin` sets AdamW's numbers.
     """
 
-    def __init__(self, model: nn.Module, precision: Precision) -> None:
+    def __init__(self, model: nn.Module, precision: Precision, value_head: nn.Linear | None = None) -> None:
         self.model = model
         self.precision = precision
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -34,17 +37,31 @@ class Optimizer:
         if precision == "mixed":
             for name, p in self.trainable.items():
                 p.register_post_accumulate_grad_hook(_add_to(self.masters[name], name, self._sums))
+        self.masters |= named(value_head)
         self.begin()
 
     def begin(
-        self, *, weight_decay: float = 0.0, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, restart: bool = True
+        self,
+        *,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        restart: bool = True,
+        value_factor: float = 1.0,
     ) -> None:
-        """Set AdamW's numbers for a stage; `restart` forgets the moments, otherwise they are kept."""
+        """Set AdamW's numbers for a stage; `restart` forgets the moments, otherwise they are kept. value_factor: the value head's
+        learning rate, as a multiple of the others'."""
         kept = {} if restart else self.moments()
         # as the HF Trainer does: matrices decay, biases and norm weights do not
-        decayed = [m for m in self.masters.values() if m.ndim >= 2]
-        rest = [m for m in self.masters.values() if m.ndim < 2]
-        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        body = {name: m for name, m in self.masters.items() if not name.startswith(VALUE_HEAD)}
+        decayed = [m for m in body.values() if m.ndim >= 2]
+        rest = [m for m in body.values() if m.ndim < 2]
+        head = [m for name, m in self.masters.items() if name not in body]
+        groups = [
+            {"params": decayed, "weight_decay": weight_decay, "factor": 1.0},
+            {"params": rest, "weight_decay": 0.0, "factor": 1.0},
+            {"params": head, "weight_decay": weight_decay, "factor": value_factor},
+        ]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
         self._load_moments(kept)
 
@@ -81,7 +98,7 @@ class Optimizer:
     def step(self, learning_rate: float) -> None:
         """One AdamW step at `learning_rate`, written back to the computing weights."""
         for group in self.adamw.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["factor"]
         self.adamw.step()
         self._write_back()
         self.zero_grad()
@@ -89,7 +106,7 @@ class Optimizer:
     @torch.no_grad()
     def _write_back(self) -> None:
         if self.precision == "mixed":
-            torch._foreach_copy_(list(self.trainable.values()), list(self.masters.values()))
+            torch._foreach_copy_(list(self.trainable.values()), [self.masters[name] for name in self.trainable])
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights at full precision, by parameter name."""
