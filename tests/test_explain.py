@@ -67,7 +67,7 @@ def given_of(batch: Batch, logp: Tensor) -> GivenBatch:
             "logp": logp[r, :n].tolist(),
             "reward": None if math.isnan(float(batch.reward[r])) else float(batch.reward[r]),
         }
-        for name in ("old_logp", "ref_logp", "entropy"):
+        for name in ("old_logp", "ref_logp", "teacher_logp", "entropy"):
             if name in batch.columns:
                 row[name] = batch.columns[name][r, :n].nan_to_num().tolist()
         groups.setdefault(int(batch.group[r]), []).append(row)
@@ -75,7 +75,8 @@ def given_of(batch: Batch, logp: Tensor) -> GivenBatch:
     return parse(GivenBatch, {"groups": [{"id": names[g], "trajectories": rows} for g, rows in groups.items()]})
 
 
-WITHOUT_COLUMNS = [name for name in METHODS if not load_method(name).columns and not load_method(name).channels]
+WHOLE = [name for name in METHODS if load_method(name).channels or load_method(name).comparisons]
+WITHOUT_COLUMNS = [name for name in METHODS if not load_method(name).columns and name not in WHOLE]
 
 
 @pytest.mark.parametrize("name", [n for n in WITHOUT_COLUMNS if n not in ("remax", "chord_mu", "chord_phi")])

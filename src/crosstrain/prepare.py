@@ -10,7 +10,7 @@ import torch
 from crosstrain import assemble
 from crosstrain.config import Recipe
 from crosstrain.models import resolve_device
-from crosstrain.training.engine import Engine
+from crosstrain.training.engine import Engine, Teacher
 from crosstrain.training.optimizer import Optimizer, Precision
 from crosstrain.training.reference import Known, known_reference
 from crosstrain.types import Method
@@ -27,6 +27,7 @@ class Prepared:
     loaded: assemble.Loaded
     precision: Precision
     optimizer: Optimizer
+    teacher: Teacher | None = None
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -34,13 +35,16 @@ def prepare(recipe: Recipe) -> Prepared:
     device = resolve_device(recipe.device)
     methods = tuple(assemble.stage_method(stage) for stage in recipe.stages)
     model, tokenizer = assemble.load_base(recipe, device)
-    loaded = assemble.load_streams(recipe, tokenizer)
+    contexts = sorted(set[str]().union(*(method.contexts for method in methods)))
+    loaded = assemble.load_streams(recipe, tokenizer, contexts)
     for i, method in enumerate(methods):
         assemble.check_data(method, loaded)
         assemble.check_reference(recipe, method, i)
     assemble.check_evaluation(recipe, tokenizer)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    teacher = assemble.load_teacher(recipe, methods, tokenizer, vocabulary, device)
     precision = assemble.resolve_precision(recipe, device)
-    return Prepared(device, methods, model, tokenizer, loaded, precision, Optimizer(model, precision))
+    return Prepared(device, methods, model, tokenizer, loaded, precision, Optimizer(model, precision), teacher)
 
 
 def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
@@ -52,8 +56,9 @@ def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
         assemble.check_rewards(method, rewards)
     samples = any(method.plan.samples for method in ready.methods)
     engine = assemble.make_engine(recipe, ready.model, ready.tokenizer, ready.loaded, rewards, ready.device, samples=samples)
+    engine = replace(engine, teacher=ready.teacher)
     stages = zip(recipe.stages, ready.methods, strict=True)
-    if not any("ref_logp" in method.needs and not stage.precompute_ref_log_probs for stage, method in stages):
+    if not any(method.reads("reference") and not stage.precompute_ref_log_probs for stage, method in stages):
         return engine
     return replace(engine, reference=assemble.make_reference(ready.model, recipe.model.lora is not None))
 

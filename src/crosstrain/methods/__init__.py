@@ -1,11 +1,13 @@
 """The methods: one file per method or close family, each a factory whose defaults are the published settings."""
 
 from crosstrain.methods import (
+    asft,
     chord,
     cispo,
     covariance,
     dpo,
     gem,
+    gkd,
     grpo,
     gspo,
     hpt,
@@ -16,6 +18,7 @@ from crosstrain.methods import (
     reinforce_pp,
     remax,
     rl_plus,
+    sdft,
     sft,
     simpo,
     srft,
@@ -29,11 +32,13 @@ from crosstrain.methods.registry import METHODS, Entry, load_method, method
 __all__ = [
     "METHODS",
     "Entry",
+    "asft",
     "chord",
     "cispo",
     "covariance",
     "dpo",
     "gem",
+    "gkd",
     "grpo",
     "gspo",
     "hpt",
@@ -46,6 +51,7 @@ __all__ = [
     "reinforce_pp",
     "remax",
     "rl_plus",
+    "sdft",
     "sft",
     "simpo",
     "srft",

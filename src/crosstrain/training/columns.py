@@ -4,18 +4,18 @@ method builds of its own."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from crosstrain.errors import UserError
 from crosstrain.training.batching import cut, distinct_tokens
+from crosstrain.training.beside import opened, parameters_of
 from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine, temperature_of
 from crosstrain.training.reference import reference_column
 from crosstrain.training.score import CHANNELS, score
-from crosstrain.types import Batch, Method, Scores
+from crosstrain.types import Batch, Method, Scores, Weights
 
 
 def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tuple[Batch, Cost]:
@@ -23,23 +23,25 @@ def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tup
 
     `old_logp` is made only when the batch is used more than once: with one update it equals the current policy by construction.
     """
-    passes: list[int] = []
+    passes: list[tuple[int, int]] = []
 
-    def look(other: Batch, *, of: Literal["current", "reference"] = "current") -> Scores:
-        passes.append(distinct_tokens(other))
-        return (
-            reference_scores(engine, method, other) if of == "reference" else no_grad_scores(engine, method, other, watch=True)
-        )
+    def look(other: Batch, *, of: Weights = "current") -> Scores:
+        passes.append((distinct_tokens(other), parameters_of(engine, of)))
+        if of == "reference":
+            return reference_scores(engine, method, other)
+        return teacher_scores(engine, method, other) if of == "teacher" else no_grad_scores(engine, method, other, watch=True)
 
     if "old_logp" in method.needs and method.updates.steps > 1:
         batch = batch.with_columns(old_logp=look(batch).logp)
     if "ref_logp" in method.needs:
         batch = batch.with_columns(ref_logp=look(batch, of="reference").logp)
+    if "teacher_logp" in method.needs:
+        batch = batch.with_columns(teacher_logp=look(batch, of="teacher").logp)
     for name, build in method.columns.items():
         batch = batch.with_columns(**{name: build(look, batch)})
-    for scored in passes:
-        cost = cost.forward(scored, engine.parameters)
-    missing = method.needs - set(batch.columns) - set(CHANNELS) - set(method.channels) - {"old_logp"}
+    for scored, parameters in passes:
+        cost = cost.forward(scored, parameters)
+    missing = method.needs - {*batch.columns, *CHANNELS, *method.channels, *method.comparisons, "old_logp"}
     if missing:
         raise UserError(f"method {method.name} reads {', '.join(sorted(missing))}, which nothing provides")
     return batch, cost
@@ -53,6 +55,13 @@ def reference_scores(engine: Engine, method: Method, batch: Batch) -> Scores:
         raise UserError(f"method {method.name} compares with a reference model, and none was set up")
     with engine.reference() as model:
         return no_grad_scores(replace(engine, model=model), method, batch)
+
+
+def teacher_scores(engine: Engine, method: Method, batch: Batch) -> Scores:
+    """The teacher's log-probs of a whole batch, at the policy's temperature. UserError where the run has none."""
+    with opened(engine, "teacher") as model:
+        assert engine.teacher is not None
+        return no_grad_scores(replace(engine, model=model, layout=engine.teacher.layout), method, batch)
 
 
 @torch.no_grad()

@@ -17,6 +17,17 @@ from crosstrain.types import Method
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A frozen model to learn from: how to get it, its parameters and how it takes a batch. sampler: what it writes answers with,
+    where a method asks for them."""
+
+    opened: Callable[[], AbstractContextManager[Any]]
+    parameters: int
+    layout: Layout
+    sampler: Sampler | None = None
+
+
+@dataclass(frozen=True)
 class Engine:
     """What a stage runs on: the model and everything around it that no step changes.
 
@@ -37,6 +48,7 @@ class Engine:
     seed: int = 0
     reference: Callable[[], AbstractContextManager[Any]] | None = None
     known_reference: Known | None = None
+    teacher: Teacher | None = None
 
 
 def temperature_of(engine: Engine, method: Method) -> float:
