@@ -67,7 +67,7 @@ def given_of(batch: Batch, logp: Tensor) -> GivenBatch:
             "logp": logp[r, :n].tolist(),
             "reward": None if math.isnan(float(batch.reward[r])) else float(batch.reward[r]),
         }
-        for name in ("old_logp", "ref_logp", "entropy"):
+        for name in ("old_logp", "ref_logp", "teacher_logp", "entropy"):
             if name in batch.columns:
                 row[name] = batch.columns[name][r, :n].nan_to_num().tolist()
         groups.setdefault(int(batch.group[r]), []).append(row)
@@ -75,7 +75,9 @@ def given_of(batch: Batch, logp: Tensor) -> GivenBatch:
     return parse(GivenBatch, {"groups": [{"id": names[g], "trajectories": rows} for g, rows in groups.items()]})
 
 
-WITHOUT_COLUMNS = [n for n, m in ((n, load_method(n)) for n in METHODS) if not (m.columns or m.channels or "value" in m.needs)]
+WHOLE = [name for name in METHODS if load_method(name).channels or load_method(name).comparisons]
+VALUED = [name for name in METHODS if "value" in load_method(name).needs]
+WITHOUT_COLUMNS = [name for name in METHODS if not load_method(name).columns and name not in (*WHOLE, *VALUED)]
 
 
 @pytest.mark.parametrize("name", [n for n in WITHOUT_COLUMNS if n not in ("remax", "chord_mu", "chord_phi")])

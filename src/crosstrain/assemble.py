@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,9 @@ from crosstrain.config.recipe import RewardsSpec, SamplingSpec
 from crosstrain.data import Stream, encode, read_rows
 from crosstrain.data.rows import Row, data_hash
 from crosstrain.errors import UserError
+from crosstrain.head import check_head
 from crosstrain.methods import load_method
-from crosstrain.models import has_bf16_instructions, load_model, load_weights, resolve_device
+from crosstrain.models import has_bf16_instructions, load_model, load_tokenizer, load_weights, resolve_device
 from crosstrain.reward_models import check_classifier
 from crosstrain.rewards import RewardPool, load_reward
 from crosstrain.rewards.load import Reward
@@ -25,7 +26,7 @@ from crosstrain.rollout.sampler import Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
 from crosstrain.tasks import get_task
 from crosstrain.training.collect import Truncation
-from crosstrain.training.engine import Engine
+from crosstrain.training.engine import Engine, Teacher
 from crosstrain.training.loop import StageSettings
 from crosstrain.training.optimizer import Precision
 from crosstrain.training.score import choose_layout
@@ -92,8 +93,50 @@ def rows_of(name: str, spec: DataSpec) -> list[Row]:
     return get_task(spec.task, **spec.task_config).rows(spec.split, spec.size or 1024, spec.seed)
 
 
-def load_streams(recipe: Recipe, tokenizer: Any) -> Loaded:
-    """Every stream of the recipe, tokenized. UserError for a row that cannot be used, with file:row."""
+def load_teacher(
+    recipe: Recipe, methods: Sequence[Method], tokenizer: Any, vocabulary: int, device: torch.device
+) -> Teacher | None:
+    """The recipe's teacher in the computing dtype, where a stage learns from one. UserError where one does and none is named, and
+    for a teacher whose next tokens are not those of the model, of `vocabulary` logits, saying what differs."""
+    learn = [method.name for method in methods if method.reads("teacher")]
+    if not learn:
+        return None
+    if recipe.teacher is None:
+        raise UserError(f"method {learn[0]} learns from a teacher, and the recipe names none: add `teacher: MODEL`")
+    spec = recipe.teacher
+    own = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    check_vocabularies(recipe.model.name, tokenizer, spec.name, load_tokenizer(spec.name, **own))
+    dtype = computing_dtype(recipe, device)
+    model = load_weights(spec.name, dtype=dtype, device=device, attn_implementation=spec.attn_implementation, **own)
+    theirs = int(model.config.get_text_config().vocab_size)
+    if theirs != vocabulary:
+        raise UserError(
+            f"teacher {spec.name!r} gives {theirs} logits and {recipe.model.name!r} {vocabulary}: their distributions cannot be "
+            "compared; use a teacher with the same vocabulary size"
+        )
+    check_head(model)
+    model.requires_grad_(False)
+    sampler = TorchSampler(model, stop_token_ids=stop_tokens(model, tokenizer))
+    parameters = sum(p.numel() for p in model.parameters())
+    return Teacher(lambda: contextlib.nullcontext(model), parameters, choose_layout(model), sampler)
+
+
+def check_vocabularies(name: str, tokenizer: Any, teacher: str, other: Any) -> None:
+    """UserError unless both tokenizers give every token the same id."""
+    own, theirs = tokenizer.get_vocab(), other.get_vocab()
+    different = sorted(token for token in own.keys() | theirs.keys() if own.get(token) != theirs.get(token))
+    if different:
+        token = min(different, key=lambda t: own.get(t, theirs.get(t)))
+        said = [f"token {token!r} is {ids.get(token, 'absent')} in {n!r}" for n, ids in ((name, own), (teacher, theirs))]
+        raise UserError(
+            f"teacher {teacher!r}: its vocabulary is not that of {name!r}: {len(different)} tokens differ, e.g. {', '.join(said)}; "
+            "a teacher must have the same tokenizer"
+        )
+
+
+def load_streams(recipe: Recipe, tokenizer: Any, contexts: Collection[str] = ()) -> Loaded:
+    """Every stream of the recipe, tokenized, with the other prompts that methods have read. UserError for a row that cannot be
+    used, with file:row."""
     streams, hashes, counts, warnings = {}, {}, {}, []
     for name, spec in recipe.data.items():
         rows = rows_of(name, spec)
@@ -105,6 +148,7 @@ def load_streams(recipe: Recipe, tokenizer: Any) -> Loaded:
                 max_prompt_length=recipe.max_prompt_length,
                 max_length=recipe.max_length,
                 system_prompt=spec.system_prompt,
+                contexts=contexts,
             )
             for i, row in enumerate(rows)
         )
@@ -152,7 +196,7 @@ def check_data(method: Method, loaded: Loaded) -> None:
 
 def check_rewards(method: Method, rewards: object | None) -> None:
     """Before step 1: a method that samples has something to score its completions with."""
-    if method.plan.samples and rewards is None:
+    if method.plan.samples and method.plan.scored and rewards is None:
         raise UserError(
             f"method {method.name} samples completions, and nothing scores them: add `rewards: [file.py:function]` to the "
             "recipe, or take the data from a task"
@@ -167,7 +211,11 @@ def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
         fields = RewardsSpec.model_fields
         idle = [name for name in ("timeout_s", "workers") if getattr(recipe.rewards, name) != fields[name].default]
         found += [f"rewards.{name}: reward models are asked in this process, under no time limit" for name in idle]
+    if recipe.teacher is not None and not any(method.reads("teacher") for method in methods):
+        found.append("teacher: no stage learns from it")
     if any(method.plan.samples for method in methods):
+        if recipe.sampling.truncated == "penalise" and not any(m.plan.samples and m.plan.scored for m in methods):
+            found.append("sampling.truncated: no stage learns from rewards, so nothing is penalised")
         return found
     if recipe.rewards is not None:
         found.append("rewards: no stage samples completions, so nothing is scored with them")
@@ -181,10 +229,12 @@ def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
 
 def check_reference(recipe: Recipe, method: Method, stage: int) -> None:
     """Before step 1: the reference that a stage compares with can be kept, and computed beforehand where that is asked for."""
-    if recipe.stages[stage].precompute_ref_log_probs and (method.plan.samples or "ref_logp" not in method.needs):
-        why = "trains on completions that do not exist yet" if method.plan.samples else "compares with no reference"
+    whole = any(c.of == "reference" for c in method.comparisons.values())
+    if recipe.stages[stage].precompute_ref_log_probs and (method.plan.samples or whole or "ref_logp" not in method.needs):
+        why = "compares with the reference's whole distribution" if whole else "compares with no reference"
+        why = "trains on completions that do not exist yet" if method.plan.samples else why
         raise UserError(f"stage {stage}: precompute_ref_log_probs is true, but {method.name} {why}; leave it out")
-    later = stage > 0 and "ref_logp" in method.needs and method.reference == "stage_start"
+    later = stage > 0 and method.reads("reference") and method.reference == "stage_start"
     if later and recipe.model.lora is not None:
         raise UserError(
             f"stage {stage}: a reference at the stage's start is not kept for LoRA runs; train the stages as separate runs, or "

@@ -21,7 +21,7 @@ from crosstrain.errors import UserError
 from crosstrain.objective.reduce import count, term_loss
 from crosstrain.training.batching import to_batch, with_advantage
 from crosstrain.training.collect import with_known_rewards
-from crosstrain.types import Batch, Example, Group, Method, Scores, Source, Trajectory
+from crosstrain.types import Batch, Example, Group, Method, Scores, Source, Trajectory, Weights
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -94,8 +94,8 @@ def explain(method: Method, given: GivenBatch) -> dict[str, Any]:
     >>> [t["weights"] for t in explain(load_method("rloo"), batch)["groups"][0]["trajectories"]]
     [[0.0, 0.5], [0.0, -0.5]]
     """
-    if method.channels:
-        names = ", ".join(sorted(method.channels))
+    if method.channels or method.comparisons:
+        names = ", ".join(sorted({**method.channels, **method.comparisons}))
         raise UserError(
             f"method {method.name} looks at the whole next-token distribution ({names}): log-probs of single tokens cannot show "
             "what it does"
@@ -202,7 +202,7 @@ def _group(index: int, given: GivenGroup) -> Group:
 
 
 def _selected(method: Method, group: Group, state: Mapping[str, Any]) -> Group | None:
-    known = with_known_rewards(group)
+    known = with_known_rewards(group) if method.plan.scored else group
     return None if known is None else method.select(known, state)
 
 
@@ -227,13 +227,13 @@ def _with_columns(method: Method, batch: Batch, at: Sequence[tuple[int, int]], r
         raise UserError(f"method {method.name} needs {', '.join(sorted(missing))}, which cannot be given here")
     logp = _rectangle(batch, [t.logp for t in rows]).nan_to_num()
 
-    def look(other: Batch, *, of: Literal["current", "reference"] = "current") -> Scores:
+    def look(other: Batch, *, of: Weights = "current") -> Scores:
         if other is not batch and other.tokens.shape != batch.tokens.shape:
             raise UserError(
                 f"method {method.name} scores sequences that are not in the batch; log-probs of these are not given"
             )
-        if of == "reference":
-            return Scores(batch.columns["ref_logp"].nan_to_num())
+        if of != "current":
+            return Scores(batch.columns["ref_logp" if of == "reference" else "teacher_logp"].nan_to_num())
         return Scores(logp, {name: batch.columns[name].nan_to_num() for name in ("entropy", "value") if name in batch.columns})
 
     for name, build in method.columns.items():

@@ -79,7 +79,7 @@ def plan_stages(recipe: Recipe, ready: Prepared, engine: Engine) -> tuple[StageP
         if method.plan.needs_expert is not None and not cost.demonstrations:
             # a gate may have no use for any in one batch; that it never will cannot be meant, and steps could not be told
             cost = cost.used_demonstrations(stage.batch_size)
-        if i and "ref_logp" in method.needs and method.reference == "stage_start":  # a second reference, beside the base
+        if i and method.reads("reference") and method.reference == "stage_start":  # a second reference, beside the base
             memory += sum(p.numel() * p.element_size() for p in ready.model.parameters()) / 2**30
         steps = expected_steps(recipe, stage, cost)
         terms = tuple(f"{t.name}: {t.describe} per {t.per}" for t in method.terms)
@@ -102,6 +102,7 @@ _MEASURED: dict[str, FirstStep] = {}
 
 _MATTERS = (
     "model",
+    "teacher",
     "data",
     "rewards",
     "sampling",

@@ -11,7 +11,7 @@ from torch import nn
 from crosstrain import assemble
 from crosstrain.config import Recipe
 from crosstrain.models import resolve_device
-from crosstrain.training.engine import Engine
+from crosstrain.training.engine import Engine, Teacher
 from crosstrain.training.optimizer import Optimizer, Precision
 from crosstrain.training.reference import Known, known_reference
 from crosstrain.types import Method
@@ -30,6 +30,7 @@ class Prepared:
     precision: Precision
     optimizer: Optimizer
     value_head: nn.Linear | None = None
+    teacher: Teacher | None = None
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -37,15 +38,18 @@ def prepare(recipe: Recipe) -> Prepared:
     device = resolve_device(recipe.device)
     methods = tuple(assemble.stage_method(stage) for stage in recipe.stages)
     model, tokenizer = assemble.load_base(recipe, device)
-    loaded = assemble.load_streams(recipe, tokenizer)
+    contexts = sorted(set[str]().union(*(method.contexts for method in methods)))
+    loaded = assemble.load_streams(recipe, tokenizer, contexts)
     for i, method in enumerate(methods):
         assemble.check_data(method, loaded)
         assemble.check_reference(recipe, method, i)
     assemble.check_evaluation(recipe, tokenizer)
     assemble.check_values(recipe, methods, model)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    teacher = assemble.load_teacher(recipe, methods, tokenizer, vocabulary, device)
     precision = assemble.resolve_precision(recipe, device)
     head = make_value_head(model) if any("value" in method.needs for method in methods) else None
-    return Prepared(device, methods, model, tokenizer, loaded, precision, Optimizer(model, precision, head), head)
+    return Prepared(device, methods, model, tokenizer, loaded, precision, Optimizer(model, precision, head), head, teacher)
 
 
 def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
@@ -57,9 +61,9 @@ def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
         assemble.check_rewards(method, rewards)
     samples = any(method.plan.samples for method in ready.methods)
     engine = assemble.make_engine(recipe, ready.model, ready.tokenizer, ready.loaded, rewards, ready.device, samples=samples)
-    engine = replace(engine, value_head=ready.value_head)
+    engine = replace(engine, value_head=ready.value_head, teacher=ready.teacher)
     stages = zip(recipe.stages, ready.methods, strict=True)
-    if not any("ref_logp" in method.needs and not stage.precompute_ref_log_probs for stage, method in stages):
+    if not any(method.reads("reference") and not stage.precompute_ref_log_probs for stage, method in stages):
         return engine
     return replace(engine, reference=assemble.make_reference(ready.model, recipe.model.lora is not None))
 

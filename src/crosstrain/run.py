@@ -160,7 +160,8 @@ class _Run:
                     lines = completion_lines(self.progress.step, step.groups, self.tokenizer.decode)
                     append_lines(self.folder / "completions.jsonl", lines)
             self.display.step(self._done(), line)
-            self._look_at_rewards(line)
+            if method.plan.scored:
+                self._look_at_rewards(line)
             if stage.until is not None and self._look(stage, line):
                 why = f"plateau of {stage.until.metric}"
                 break
@@ -210,12 +211,12 @@ class _Run:
         self.progress.state = method.init()
         self.plateau = Plateau()
         self.started = True
-        if "ref_logp" in method.needs and method.reference == "stage_start" and not first:
+        if method.reads("reference") and method.reference == "stage_start" and not first:
             write_folder(self.folder / "reference", lambda d: save_file(self._weights(), d / "weights.safetensors"))
 
     def _with_reference(self, engine: Engine, stage: Stage, method: Method) -> Engine:
         """The engine with what the stage compares with: a model, or its log-probs of all data."""
-        if "ref_logp" in method.needs and method.reference == "stage_start" and self.progress.stage > 0:
+        if method.reads("reference") and method.reference == "stage_start" and self.progress.stage > 0:
             engine = replace(engine, reference=self._stage_start_reference())
         if not stage.precompute_ref_log_probs:
             return engine

@@ -26,6 +26,7 @@ def setup(recipe: Recipe, ready: Prepared, engine: Engine) -> dict[str, Any]:
         "status": "running",
         "recipe_hash": config_hash(recipe),
         "model": describe_model(recipe.model.name),
+        "teacher": None if ready.teacher is None or recipe.teacher is None else describe_model(recipe.teacher.name),
         "parameters": engine.parameters,
         "precision": ready.precision,
         "layout": engine.layout,

@@ -13,9 +13,10 @@ import json
 import math
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +25,11 @@ from crosstrain.objective.reduce import count
 from crosstrain.rollout.sampler import Completion, Prompt, Sampling
 from crosstrain.training.batching import cut, to_batch, with_advantage
 from crosstrain.training.collect import Truncation, collect
-from crosstrain.training.columns import no_grad_scores
-from crosstrain.training.engine import Engine
+from crosstrain.training.columns import no_grad_scores, teacher_scores
+from crosstrain.training.engine import Engine, Teacher
 from crosstrain.training.loop import NonFinite, backward
 from crosstrain.training.metrics import Meter
-from crosstrain.types import Batch, Example, Group, Method, Scores, Source, Trajectory
+from crosstrain.types import Batch, Example, Group, Method, Scores, Source, Trajectory, Weights
 from crosstrain.value_head import make_value_head, named
 
 VOCABULARY = 61
@@ -136,22 +137,29 @@ def tiny_batch(rewards: Sequence[float], groups: Sequence[int], tokens: int = 2)
 
 
 def made_up_examples(method: Method, n: int = 8, seed: int = 0) -> list[Example]:
-    """Examples with random prompts that bring what the method needs (and a demonstration where it needs nothing)."""
+    """Examples with random prompts that bring what the method needs (and a demonstration where it needs nothing).
+
+    Another prompt that it has read is the row's own with random tokens before it.
+    """
     rng = random.Random(seed)
     result = []
     for i in range(n):
         prompt = tuple(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(2, 7)))
+        contexts = {
+            template: (*(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, 6))), *prompt)
+            for template in sorted(method.contexts)
+        }
 
-        def answer(reward: float | None, prompt: tuple[int, ...] = prompt) -> Trajectory:
+        def answer(reward: float | None, prompt: tuple[int, ...] = prompt, contexts: Any = contexts) -> Trajectory:
             tokens = (*(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, 5))), 2)
             source = (Source.PROMPT,) * len(prompt) + (Source.EXPERT,) * len(tokens)
-            return Trajectory(prompt + tokens, source, reward=reward)
+            return Trajectory(prompt + tokens, source, reward=reward, contexts=contexts)
 
         expert = {
             "pair": lambda: (answer(1.0), answer(0.0)),
             "label": lambda i=i: (answer(float(i % 2)),),
         }.get(method.plan.needs_expert or "", lambda: (answer(None),))()
-        result.append(Example(f"train:{i}", "", prompt, expert, where=f"made-up:{i + 1}"))
+        result.append(Example(f"train:{i}", "", prompt, expert, contexts=contexts, where=f"made-up:{i + 1}"))
     return result
 
 
@@ -194,8 +202,9 @@ def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 
         truncation=Truncation(),
         seed=seed,
         step=0,
+        teacher=ScriptedSampler(),
     )
-    engine = _engine(model, micro_batch_tokens=10**6)
+    engine = _engine(model, micro_batch_tokens=10**6, others=True)
     batch = to_batch(collected.groups).to(engine.device)
     scores = no_grad_scores(engine, method, batch, watch=True)
     generator = torch.Generator().manual_seed(seed)
@@ -205,7 +214,12 @@ def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 
         off = torch.where(batch.trained, known + noise.to(known), torch.full_like(known, math.nan))
         batch = batch.with_columns(**{name: off})
 
-    def look(other: Batch, *, of: Literal["current", "reference"] = "current") -> Scores:
+    if "teacher_logp" in method.needs:
+        batch = batch.with_columns(teacher_logp=teacher_scores(engine, method, batch).logp)
+
+    def look(other: Batch, *, of: Weights = "current") -> Scores:
+        if of == "teacher":
+            return teacher_scores(engine, method, other)
         found = no_grad_scores(engine, method, other, watch=True)
         return Scores(found.logp - 0.1) if of == "reference" else found  # a reference that finds everything less likely
 
@@ -217,8 +231,11 @@ def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 
 def gradient(
     method: Method, model: Any, batch: Batch, *, layout: str = "plain", micro_batches: Sequence[Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The method's gradient on all parameters of the model, and of a made-up value head, by name, from the loop's own backward."""
-    engine = _engine(model, layout=layout)
+    """The method's gradient on all parameters of the model, and of a made-up value head, by name, from the loop's own backward.
+
+    A method that compares distributions finds a made-up teacher and a made-up reference, of other random weights.
+    """
+    engine = _engine(model, layout=layout, others=bool(method.comparisons))
     counts = count(method.terms, batch, groups=len(torch.unique(batch.group)))
     model.zero_grad(set_to_none=True)
     for index in micro_batches if micro_batches is not None else [torch.arange(len(batch))]:
@@ -238,7 +255,19 @@ def _parameters(engine: Engine) -> dict[str, Tensor]:
     return {**dict(engine.model.named_parameters()), **named(engine.value_head)}
 
 
-def _engine(model: Any, layout: str = "plain", micro_batch_tokens: int = 4096) -> Engine:
+def made_up_other(model: Any, seed: int) -> Any:
+    """A tiny model of other random weights with the vocabulary, dtype and device of `model`: a teacher, or a reference."""
+    parameter = next(model.parameters())
+    made = tiny_model(seed, parameter.dtype, vocab_size=model.config.get_text_config().vocab_size)
+    return made.to(parameter.device).requires_grad_(False)
+
+
+TEACHER, REFERENCE = 101, 102
+"""Seeds of the made-up models that a method may compare with."""
+
+
+def _engine(model: Any, layout: str = "plain", micro_batch_tokens: int = 4096, *, others: bool = False) -> Engine:
+    teacher, reference = (made_up_other(model, seed) if others else None for seed in (TEACHER, REFERENCE))
     return Engine(
         model=model,
         parameters=1,
@@ -247,6 +276,8 @@ def _engine(model: Any, layout: str = "plain", micro_batch_tokens: int = 4096) -
         streams={},
         micro_batch_tokens=micro_batch_tokens,
         value_head=made_up_value_head(model),
+        reference=(lambda: nullcontext(reference)) if others else None,
+        teacher=Teacher(lambda: nullcontext(teacher), 1, layout) if others else None,  # type: ignore[arg-type]
     )
 
 
@@ -327,7 +358,7 @@ def unrelated_rows_leak_nothing(method: Method, model: Any, tolerance: float) ->
     counts = count(method.terms, batch, groups=len(torch.unique(batch.group)))
     groups = torch.unique(batch.group)
     total: dict[str, Tensor] = {}
-    engine = _engine(model)
+    engine = _engine(model, others=bool(method.comparisons))
     for g in groups:  # each group alone, its advantage made on the whole batch, under the whole batch's counts
         for p in _parameters(engine).values():
             p.grad = None

@@ -53,7 +53,7 @@ class Trajectory:
         everywhere.
     policy_version: the optimizer step of the sampling weights; -1 when not ours.
     finished: False for a completion cut at the token limit. greedy: the most likely token was taken everywhere (ReMax's baseline).
-    contexts: other prompts for the same response, by name (self-distillation reads a second one).
+    contexts: other prompts for the same response, by their template (self-distillation reads a second one).
 
     >>> t = Trajectory(tokens=(5, 6, 7), source=(Source.PROMPT, Source.EXPERT, Source.EXPERT))
     >>> t.response_start, t.response
@@ -103,6 +103,7 @@ class Example:
     expert: trajectories the row brings: a demonstration (one), a preference pair (chosen with reward 1, then rejected with
         reward 0), a labelled completion (reward 1 or 0), or none.
     columns: every other column; reward functions receive them as keywords.
+    contexts: other prompts for the same responses, rendered and tokenized, by their template (see `Comparison`).
     where: `file:row`, for messages.
     """
 
@@ -111,6 +112,7 @@ class Example:
     prompt_tokens: tuple[int, ...]
     expert: tuple[Trajectory, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
+    contexts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     where: str = ""
 
 
@@ -145,11 +147,13 @@ class Request:
 
     prefix: expert tokens placed between the prompt and the completion, tagged EXPERT in the trajectory (TRAPO, BREAD, UFT).
     greedy: take the most likely token instead of sampling (ReMax's baseline).
+    by: who writes: the policy in training, or the recipe's teacher, whose words are tagged EXPERT.
     """
 
     n: int
     prefix: tuple[int, ...] = ()
     greedy: bool = False
+    by: Literal["policy", "teacher"] = "policy"
 
 
 def _everything_starts_with_its_expert_trajectories(example: Example, state: State) -> tuple[Trajectory, ...]:
@@ -172,7 +176,9 @@ class Plan:
     start: the trajectories a group begins with, before anything is sampled.
     next: the completions to ask for, given the group so far; asked again after each round until it returns nothing. One round
         for GRPO, several for TRAPO, BREAD and STaR. Rounds are batched across examples.
-    samples: whether `next` ever asks for anything (a plan that does needs a sampler and a reward).
+    samples: whether `next` ever asks for anything (a plan that does needs a sampler).
+    scored: whether completions need a reward. Where they do not (a teacher gives the credit), a recipe may still have one: it is
+        recorded, and nothing depends on it.
     needs_expert: what the row must bring: "demonstration", "pair", "label" or nothing. expert_streams: the streams whose rows must
         bring it; None for all.
     max_draws: how often a step may draw further examples to replace groups that `select` dropped (DAPO's dynamic sampling).
@@ -182,6 +188,7 @@ class Plan:
     start: Callable[[Example, State], tuple[Trajectory, ...]] = _everything_starts_with_its_expert_trajectories
     next: Callable[[Group, State], Sequence[Request]] = _ask_nothing
     samples: bool = False
+    scored: bool = True
     needs_expert: Literal["demonstration", "pair", "label"] | None = None
     expert_streams: frozenset[str] | None = None
     max_draws: int = 1
@@ -205,6 +212,7 @@ class Batch:
     example_ids: B names for messages.
     prompt_length: [B] int64, tokens that all rows of a group share at their start (what may be computed once).
     length: [B] int64, tokens of each row without padding.
+    contexts: by template, the other prompt of each row (see `Comparison`).
     step: optimizer steps taken before this one, for schedules. seed: the run's, for random numbers inside a method.
     """
 
@@ -219,6 +227,7 @@ class Batch:
     example_ids: tuple[str, ...]
     prompt_length: Tensor
     length: Tensor
+    contexts: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     step: int = 0
     seed: int = 0
 
@@ -266,6 +275,7 @@ class Batch:
             example_ids=tuple(self.example_ids[i] for i in index.tolist()),
             prompt_length=self.prompt_length[index],
             length=self.length[index],
+            contexts={name: tuple(every[i] for i in index.tolist()) for name, every in self.contexts.items()},
         )
 
     def to(self, device: torch.device | str) -> Batch:
@@ -298,17 +308,46 @@ class Scores:
     computed_predictions: int = 0
 
 
+Weights = Literal["current", "reference", "teacher"]
+"""Whose weights: the policy's as they are, those of the frozen reference, or those of the recipe's teacher."""
+
+
 class Look(Protocol):
     """Scores of any batch without gradient, for building columns: `look(batch)` those of the current policy, its `entropy` among
-    them; `look(batch, of="reference")` those of the frozen reference. Each is a forward pass, and is counted as one."""
+    them; `look(batch, of="reference")` those of the frozen reference, `of="teacher"` those of the teacher. Each is a forward pass,
+    and is counted as one."""
 
-    def __call__(self, batch: Batch, *, of: Literal["current", "reference"] = "current") -> Scores:
+    def __call__(self, batch: Batch, *, of: Weights = "current") -> Scores:
         """The scores."""
         ...
 
 
 Channel = Callable[[Tensor, Tensor], Tensor]
 """A full-vocabulary functional: (logits [M, V] in at least fp32, targets [M]) -> [M], with gradient."""
+
+Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A functional of two next-token distributions: (the policy's logits [M, V], the other's [M, V], targets [M]) -> [M], both logits
+in at least fp32, with gradient to the first alone."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A channel that compares the policy's next-token distribution with another one at the same positions, over the vocabulary.
+
+    divergence: what is computed of the two.
+    of: whose weights the other distribution comes from; it never has a gradient, nor dropout.
+    context: the template of another prompt that these weights read before the same response; "" is the policy's own prompt.
+        `{prompt}` in it stands for the last user message (or the plain-text prompt), `{privileged_context}` for the row's
+        demonstration; what a row becomes is rendered with the chat template when data are loaded.
+    temperature: what both logits are divided by; None is what the policy's log-probs are taken at (of methods that sample, the
+        temperature of sampling).
+    """
+
+    divergence: Divergence
+    of: Weights
+    context: str = ""
+    temperature: float | None = None
+
 
 On = Callable[[Batch], Tensor]
 """Which entries a term is on: [B, T] bool, a function of the data only."""
@@ -423,6 +462,7 @@ class Method:
     reference: which weights `ref_logp` comes from: those the run or the stage started with.
     columns: builders of further no-gradient columns by name, `(look, batch) -> [B, T] or [B]` (KTO's mismatched pairs).
     channels: full-vocabulary functionals of its own by name, computed inside the head, chunk by chunk, with gradient (GEM).
+    comparisons: such functionals of its distribution and another one's by name (GKD's teacher, SDFT's second prompt).
     embed: changes the input embeddings in training, `(embeddings [N, L, D], batch) -> same` (NEFTune).
     grad_mask: parameters to leave alone at a step, by state (MIFO).
     saves: what a run that ends with it leaves: the language model, or a sequence classifier of it and the value head.
@@ -441,6 +481,7 @@ class Method:
     reference: Literal["base", "stage_start"] = "base"
     columns: Mapping[str, Callable[[Look, Batch], Tensor]] = field(default_factory=dict)
     channels: Mapping[str, Channel] = field(default_factory=dict)
+    comparisons: Mapping[str, Comparison] = field(default_factory=dict)
     embed: Callable[[Tensor, Batch], Tensor] | None = None
     grad_mask: Callable[[State], Callable[[str], bool]] | None = None
     probes: tuple[str, ...] = ()
@@ -453,3 +494,13 @@ class Method:
     def needs(self) -> frozenset[str]:
         """Everything the terms read beside `logp`."""
         return frozenset().union(*(term.needs for term in self.terms))
+
+    def reads(self, weights: Weights) -> bool:
+        """Whether it needs a model with these weights beside the policy: for a column, or to compare distributions with."""
+        column = {"reference": "ref_logp", "teacher": "teacher_logp"}.get(weights)
+        return column in self.needs or any(c.of == weights for c in self.comparisons.values())
+
+    @property
+    def contexts(self) -> frozenset[str]:
+        """The templates of the other prompts that it has read."""
+        return frozenset(c.context for c in self.comparisons.values() if c.context)

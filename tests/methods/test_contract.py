@@ -39,6 +39,15 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("prefix_rft", {"max_completion_length": 8, "num_generations": 4}),
     ("chord_mu", {"rollouts_from": "train", "demonstrations_from": "train"}),
     ("chord_phi", {"rollouts_from": "train", "demonstrations_from": "train"}),
+    ("gkd", {"beta": 0.0, "lmbda": 0.0, "temperature": 2.0}),
+    ("gkd", {"beta": 1.0, "seq_kd": True}),
+    ("on_policy_distillation", {"mode": "full_logits", "num_iterations": 2}),
+    (
+        "sdft",
+        {"num_generations": 2, "teacher_model_kind": "live", "distillation_mode": "topk_logits", "distillation_alpha": 0.5},
+    ),
+    ("sdft", {"num_generations": 2, "distillation_mode": "sampled_token", "num_loss_tokens_to_skip": 1}),
+    ("asft", {"mode": "sft+kl", "direction": "reverse"}),
 ]
 
 

@@ -321,6 +321,7 @@ class Recipe(BaseModel):
 
     model_config = STRICT
     model: ModelSpec = Field(default_factory=ModelSpec)
+    teacher: ModelSpec | None = Field(None, description="Model to learn from, for the methods that distil one; never trained.")
     data: Annotated[dict[str, DataSpec], BeforeValidator(_streams)] = Field(
         min_length=1, description="Named streams of examples; a single one is called `train`."
     )
@@ -348,6 +349,12 @@ class Recipe(BaseModel):
     output_dir: str | None = Field(None, description="The run's folder; the command line's --out wins.")
 
     _gather = model_validator(mode="before")(gather_stage)
+
+    @model_validator(mode="after")
+    def _teacher_is_not_trained(self) -> Self:
+        if self.teacher is not None and self.teacher.lora is not None:
+            raise ValueError("'teacher.lora' has no effect: a teacher is never trained; leave it out")
+        return self
 
     @model_validator(mode="after")
     def _stages_end(self) -> Self:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,13 +29,15 @@ def encode(
     max_prompt_length: int | None = None,
     max_length: int | None = None,
     system_prompt: str | None = None,
+    contexts: Collection[str] = (),
 ) -> Example:
     """The row, tokenized: its prompt and the trajectories it brings.
 
     A chat row is rendered with the model's own template. A plain-text prompt stays plain text (as in TRL), and a plain-text answer
     gets the end token. Trained are the assistant's words and the token that ends its turn; what a template adds around them is not.
-    An answer that does not fit into max_length is cut and its trajectory marked unfinished. Raises UserError with file:row when the
-    prompt is longer than max_prompt_length, when nothing is left to train on, or when the template cannot be split.
+    An answer that does not fit into max_length is cut and its trajectory marked unfinished. contexts: templates of other prompts,
+    for a row with a demonstration (see `types.Comparison`). Raises UserError with file:row when the prompt is longer than
+    max_prompt_length, or another prompt than max_length, when nothing is left to train on, or when the template cannot be split.
     """
     if system_prompt is not None:
         row = _with_system(row, system_prompt)
@@ -59,9 +61,27 @@ def encode(
             "shorten it, or raise the limit"
         )
     chat = not isinstance(prompt, str)
-    expert = tuple(_trajectory(tokenizer, pieces, reward, max_length, row, chat=chat) for pieces, reward in answers)
+    shown = (
+        {} if row.kind not in ("messages", "prompt_completion") else {t: _context(t, prompt, row, tokenizer) for t in contexts}
+    )
+    long = next((ids for ids in shown.values() if max_length is not None and len(ids) > max_length), None)
+    if long is not None:
+        raise UserError(
+            f"{row.where}: the prompt with the demonstration in it has {len(long)} tokens, more than max_length {max_length}; "
+            "shorten the demonstration, or raise the limit"
+        )
+    expert = tuple(
+        replace(_trajectory(tokenizer, pieces, reward, max_length, row, chat=chat), contexts=shown)
+        for pieces, reward in answers
+    )
     return Example(
-        id=id, prompt=prompt, prompt_tokens=tuple(prompt_tokens), expert=expert, columns=dict(row.columns), where=row.where
+        id=id,
+        prompt=prompt,
+        prompt_tokens=tuple(prompt_tokens),
+        expert=expert,
+        columns=dict(row.columns),
+        contexts=shown,
+        where=row.where,
     )
 
 
@@ -98,6 +118,27 @@ def _answer_pieces(prompt: Text, answer: Text, tokenizer: Any, row: Row) -> list
     if not any(m["role"] == "assistant" for m in answer):
         raise UserError(f"{row.where}: the answer has no assistant message, so no token would be supervised")
     return chat_pieces([*prompt, *answer], len(prompt), tokenizer, row)
+
+
+def _context(template: str, prompt: Text, row: Row, tokenizer: Any) -> tuple[int, ...]:
+    """The prompt's tokens with its last user message written anew: `template` with that message and the row's demonstration."""
+    told = row.completion if row.kind == "prompt_completion" else row.messages[len(prompt) : len(prompt) + 1]
+    if isinstance(prompt, str):
+        assert isinstance(told, str)
+        return tuple(_ids(tokenizer, _filled(template, prompt, told), chat=False))
+    assert told is not None and not isinstance(told, str)
+    if not prompt or prompt[-1]["role"] != "user":
+        ends = f"with a message of {prompt[-1]['role']!r}" if prompt else "before there is any message"
+        raise UserError(f"{row.where}: a demonstration is shown in the last user message, and this prompt ends {ends}")
+    words = "\n".join(str(m.get("content") or "") for m in told if m["role"] == "assistant")
+    asked = {**prompt[-1], "content": _filled(template, str(prompt[-1]["content"]), words)}
+    return tuple(_ids(tokenizer, _render(tokenizer, [*prompt[:-1], asked], row, generate=True), chat=True))
+
+
+def _filled(template: str, prompt: str, privileged_context: str) -> str:
+    """The template with both in their places; braces in them, or elsewhere in it, are plain text."""
+    parts = {"{prompt}": prompt, "{privileged_context}": privileged_context}
+    return re.sub(r"\{prompt\}|\{privileged_context\}", lambda found: parts[found.group()], template)
 
 
 def _split_turn(text: str, message: Mapping[str, Any], tokenizer: Any, row: Row) -> tuple[str, str, str]:

@@ -18,6 +18,9 @@ WHAT_IS_NEEDED = {
 }
 """What a column that a term reads asks of a run."""
 
+COMPARED = {"ref_logp": "reference", "teacher_logp": "teacher"}
+"""Whose log-probs a column has."""
+
 
 def record(name: str) -> dict[str, Any]:
     """A method as JSON holds it: name, family, direction, data, needs, paper, year, checked, summary, description, settings,
@@ -69,8 +72,9 @@ def needs_of(method: Method) -> list[str]:
     """What a run has to bring for a method, beside a model and prompts."""
     plural = {"demonstration": "demonstrations", "pair": "preferences", "label": "labels"}
     needs = [plural[method.plan.needs_expert]] if method.plan.needs_expert else []
-    needs += ["verifier"] if method.plan.samples else []
-    return needs + [what for column, what in WHAT_IS_NEEDED.items() if column in method.needs]
+    needs += ["verifier"] if method.plan.samples and method.plan.scored else []
+    read = method.needs | {column for column, of in COMPARED.items() if any(c.of == of for c in method.comparisons.values())}
+    return needs + [what for column, what in WHAT_IS_NEEDED.items() if column in read]
 
 
 def on_what(term: Term) -> str:

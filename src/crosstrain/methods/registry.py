@@ -16,7 +16,7 @@ from crosstrain.types import Method
 
 Factory = Callable[..., Method]
 
-Family = Literal["supervised", "rejection sampling", "preference", "reinforcement learning", "hybrid"]
+Family = Literal["supervised", "rejection sampling", "preference", "reinforcement learning", "hybrid", "distillation"]
 
 Checked = Literal["official source", "port", "paper", "reconstructed"]
 """What a method was written from: its authors' code, a framework's, the paper alone, or descriptions by others."""
@@ -27,8 +27,9 @@ DIRECTIONS: dict[Family, str] = {
     "preference": "preference",
     "reinforcement learning": "(SFT ->) RL",
     "hybrid": "SFT+RL",
+    "distillation": "distillation",
 }
-"""Where the survey (arXiv:2603.13985, Table 1) puts a family: what helps what."""
+"""Where the survey (arXiv:2603.13985, Table 1) puts a family: what helps what. It has no row for distillation."""
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,10 @@ def to_batch(groups: Sequence[Group], *, step: int = 0, seed: int = 0, mask_trun
         example_ids=tuple(g.example.id for _, g, _ in rows),
         prompt_length=torch.tensor(shared, dtype=torch.long),
         length=torch.tensor([len(t.tokens) for _, _, t in rows], dtype=torch.long),
+        contexts={
+            name: tuple(t.contexts.get(name, ()) for _, _, t in rows)
+            for name in dict.fromkeys(name for _, _, t in rows for name in t.contexts)
+        },
         step=step,
         seed=seed,
     )

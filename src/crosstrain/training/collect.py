@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from crosstrain.errors import UserError
@@ -40,24 +40,21 @@ ScoreGroups = Callable[[list[Group]], list[Group]]
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens that sampling prefilled and generated, and the seconds that sampling and scoring took.
+    """Tokens that sampling prefilled and generated, those of the teacher apart, and the seconds that sampling and scoring took.
 
-    >>> Usage(1, 2, 0.5, 0.25) + Usage(1, 1, 0.5, 0.0)
-    Usage(prefill_tokens=2, generated_tokens=3, sampling_seconds=1.0, reward_seconds=0.25)
+    >>> Usage(1, 2, 0.5, 0.25) + Usage(1, 1, 0.5, 0.0)  # doctest: +ELLIPSIS
+    Usage(prefill_tokens=2, generated_tokens=3, sampling_seconds=1.0, reward_seconds=0.25, ...)
     """
 
     prefill_tokens: int = 0
     generated_tokens: int = 0
     sampling_seconds: float = 0.0
     reward_seconds: float = 0.0
+    teacher_prefill_tokens: int = 0
+    teacher_generated_tokens: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.prefill_tokens + other.prefill_tokens,
-            self.generated_tokens + other.generated_tokens,
-            self.sampling_seconds + other.sampling_seconds,
-            self.reward_seconds + other.reward_seconds,
-        )
+        return Usage(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
 
 
 @dataclass(frozen=True)
@@ -92,12 +89,14 @@ def collect(
     truncation: Truncation,
     seed: int,
     step: int,
+    teacher: Sampler | None = None,
 ) -> Collected:
     """`batch_size` groups as `method` wants them, from where the streams stand.
 
     Groups that select drops are replaced from further draws, at most `plan.max_draws` draws in all; what a later draw collects
     beyond batch_size is left out, so that a step never grows. Completions whose reward is missing are left out of their group,
-    and a group with no other completions is dropped: what cannot be credited is not trained on (`rewarded` still has it).
+    and a group with no other completions is dropped: what cannot be credited is not trained on (`rewarded` still has it). A plan
+    that is not `scored` keeps them. teacher: writes what the plan asks it for.
     """
     state = {**state, "seed": seed}  # for what a plan draws by chance
     kept: list[Group] = []
@@ -118,10 +117,10 @@ def collect(
                 # an example drawn twice in one step still gets random numbers of its own
                 example = replace(example, id=f"{example.id}@{start + offset}")
                 groups.append(Group(example, method.plan.start(example, state), stream))
-        groups, used = rounds(method, state, groups, sampler, sampling, rewards, truncation, seed, step)
+        groups, used = rounds(method, state, groups, sampler, sampling, rewards, truncation, seed, step, teacher)
         usage += used
         rewarded += groups
-        known = [g for g in map(with_known_rewards, groups) if g is not None]
+        known = [g for g in map(with_known_rewards, groups) if g is not None] if method.plan.scored else groups
         kept += [chosen for g in known if (chosen := method.select(g, state)) is not None]
         if len(kept) >= batch_size:
             break
@@ -138,6 +137,7 @@ def rounds(
     truncation: Truncation,
     seed: int,
     step: int,
+    teacher: Sampler | None = None,
 ) -> tuple[list[Group], Usage]:
     """Ask the plan what to sample until it asks for nothing; each round is sampled and scored for all groups together."""
     usage = Usage()
@@ -146,26 +146,55 @@ def rounds(
         asked = [(i, request) for i, g in enumerate(groups) for request in method.plan.next(g, state)]
         if not asked:
             break
-        if sampler is None or rewards is None:
+        if method.plan.scored and (sampler is None or rewards is None):
             raise UserError(f"method {method.name} samples completions: the recipe needs a reward (a task, or `rewards`)")
         prompts = [_prompt(groups[i], request, round_index) for i, request in asked]
+        writers = {"policy": sampler, "teacher": teacher}
         started = time.perf_counter()
-        answers = sampler.sample(prompts, sampling, seed=seed, step=step)
+        answers = _answers(method, [request.by for _, request in asked], prompts, writers, sampling, seed, step)
         sampled = time.perf_counter()
         new: dict[int, tuple[Trajectory, ...]] = {}
         for (i, request), prompt, completions in zip(asked, prompts, answers, strict=True):
-            usage += Usage(len(prompt.tokens), sum(len(c.tokens) for c in completions))
+            read, written = len(prompt.tokens), sum(len(c.tokens) for c in completions)
+            usage += (
+                Usage(read, written)
+                if request.by == "policy"
+                else Usage(teacher_prefill_tokens=read, teacher_generated_tokens=written)
+            )
             new[i] = new.get(i, ()) + tuple(_trajectory(groups[i].example, request, c, step) for c in completions)
         # a demonstration is scored with the first round's completions; only what is new is scored, and penalised, at all
         unscored = {i: (groups[i].trajectories if round_index == 0 else ()) + t for i, t in new.items()}
         graded = time.perf_counter()
-        scored = rewards([replace(groups[i], trajectories=t) for i, t in unscored.items()])
+        new_groups = [replace(groups[i], trajectories=t) for i, t in unscored.items()]
+        scored = new_groups if rewards is None else rewards(new_groups)
         usage += Usage(sampling_seconds=sampled - started, reward_seconds=time.perf_counter() - graded)
         for i, g in zip(unscored, scored, strict=True):
             before = () if round_index == 0 else groups[i].trajectories
             groups[i] = replace(groups[i], trajectories=before + _penalised(g, truncation).trajectories)
         round_index += 1
     return groups, usage
+
+
+def _answers(
+    method: Method,
+    by: Sequence[str],
+    prompts: Sequence[Prompt],
+    writers: Mapping[str, Sampler | None],
+    sampling: Sampling,
+    seed: int,
+    step: int,
+) -> list[list[Completion]]:
+    """The completions of each prompt, whoever writes them; what one writes is sampled together."""
+    answers: list[list[Completion]] = [[] for _ in prompts]
+    for who, sampler in writers.items():
+        mine = [k for k, writer in enumerate(by) if writer == who]
+        if mine and sampler is None:
+            raise UserError(f"method {method.name} needs a sampler of the {who}, and none was set up")
+        if mine and sampler is not None:
+            found = sampler.sample([prompts[k] for k in mine], sampling, seed=seed, step=step)
+            for k, completions in zip(mine, found, strict=True):
+                answers[k] = completions
+    return answers
 
 
 def shares(wanted: Mapping[str, float], n: int) -> dict[str, int]:
@@ -187,11 +216,16 @@ def _prompt(group: Group, request: Request, round_index: int) -> Prompt:
     tokens = group.example.prompt_tokens + request.prefix
     # what makes random numbers: the example, the round and the request itself, never its neighbours
     key = f"{group.example.id}#{round_index}#{len(request.prefix)}#{int(request.greedy)}"
+    key += "" if request.by == "policy" else f"#{request.by}"
     return Prompt(tokens=tokens, n=request.n, key=key, greedy=request.greedy)
 
 
 def _trajectory(example: Example, request: Request, completion: Completion, step: int) -> Trajectory:
     given = len(example.prompt_tokens)
+    if request.by == "teacher":
+        words = request.prefix + tuple(completion.tokens)
+        authors = (Source.PROMPT,) * given + (Source.EXPERT,) * len(words)
+        return Trajectory(example.prompt_tokens + words, authors, finished=completion.finished, contexts=example.contexts)
     source = (Source.PROMPT,) * given + (Source.EXPERT,) * len(request.prefix) + (Source.POLICY,) * len(completion.tokens)
     unknown = (math.nan,) * (given + len(request.prefix))
     return Trajectory(
@@ -201,6 +235,7 @@ def _trajectory(example: Example, request: Request, completion: Completion, step
         policy_version=step,
         finished=completion.finished,
         greedy=request.greedy,
+        contexts=example.contexts,
     )
 
 

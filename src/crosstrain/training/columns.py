@@ -4,18 +4,18 @@ and whatever a method builds of its own."""
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from crosstrain.errors import UserError
 from crosstrain.training.batching import cut, distinct_tokens
+from crosstrain.training.beside import opened, parameters_of
 from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine, temperature_of, values_of
 from crosstrain.training.reference import reference_column
 from crosstrain.training.score import CHANNELS, score
-from crosstrain.types import Batch, Method, Scores
+from crosstrain.types import Batch, Method, Scores, Weights
 
 
 def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tuple[Batch, Cost]:
@@ -24,17 +24,20 @@ def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tup
     `old_logp` is made only when the batch is used more than once: with one update it equals the current policy by construction.
     The same batch is scored once, whatever columns are read off it.
     """
-    passes: list[int] = []
+    passes: list[tuple[int, int]] = []
     seen: dict[str, Scores] = {}
     tokens = batch.tokens
 
-    def look(other: Batch, *, of: Literal["current", "reference"] = "current") -> Scores:
+    def look(other: Batch, *, of: Weights = "current") -> Scores:
         if other.tokens is tokens and of in seen:
             return seen[of]
-        passes.append(distinct_tokens(other))
-        scores = (
-            reference_scores(engine, method, other) if of == "reference" else no_grad_scores(engine, method, other, watch=True)
-        )
+        passes.append((distinct_tokens(other), parameters_of(engine, of)))
+        if of == "reference":
+            scores = reference_scores(engine, method, other)
+        else:
+            scores = (
+                teacher_scores(engine, method, other) if of == "teacher" else no_grad_scores(engine, method, other, watch=True)
+            )
         if other.tokens is tokens:
             seen[of] = scores
         return scores
@@ -45,11 +48,13 @@ def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tup
         batch = batch.with_columns(old_value=look(batch).channels["value"])
     if "ref_logp" in method.needs:
         batch = batch.with_columns(ref_logp=look(batch, of="reference").logp)
+    if "teacher_logp" in method.needs:
+        batch = batch.with_columns(teacher_logp=look(batch, of="teacher").logp)
     for name, build in method.columns.items():
         batch = batch.with_columns(**{name: build(look, batch)})
-    for scored in passes:
-        cost = cost.forward(scored, engine.parameters)
-    missing = method.needs - set(batch.columns) - set(CHANNELS) - set(method.channels) - {"old_logp", "value"}
+    for scored, parameters in passes:
+        cost = cost.forward(scored, parameters)
+    missing = method.needs - {*batch.columns, *CHANNELS, *method.channels, *method.comparisons, "old_logp", "value"}
     if missing:
         raise UserError(f"method {method.name} reads {', '.join(sorted(missing))}, which nothing provides")
     return batch, cost
@@ -63,6 +68,13 @@ def reference_scores(engine: Engine, method: Method, batch: Batch) -> Scores:
         raise UserError(f"method {method.name} compares with a reference model, and none was set up")
     with engine.reference() as model:
         return no_grad_scores(replace(engine, model=model), method, batch)
+
+
+def teacher_scores(engine: Engine, method: Method, batch: Batch) -> Scores:
+    """The teacher's log-probs of a whole batch, at the policy's temperature. UserError where the run has none."""
+    with opened(engine, "teacher") as model:
+        assert engine.teacher is not None
+        return no_grad_scores(replace(engine, model=model, layout=engine.teacher.layout), method, batch)
 
 
 @torch.no_grad()

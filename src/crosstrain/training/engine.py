@@ -20,6 +20,17 @@ from crosstrain.value_head import reader
 
 
 @dataclass(frozen=True)
+class Teacher:
+    """A frozen model to learn from: how to get it, its parameters and how it takes a batch. sampler: what it writes answers with,
+    where a method asks for them."""
+
+    opened: Callable[[], AbstractContextManager[Any]]
+    parameters: int
+    layout: Layout
+    sampler: Sampler | None = None
+
+
+@dataclass(frozen=True)
 class Engine:
     """What a stage runs on: the model and everything around it that no step changes.
 
@@ -41,6 +52,7 @@ class Engine:
     reference: Callable[[], AbstractContextManager[Any]] | None = None
     known_reference: Known | None = None
     value_head: nn.Linear | None = None
+    teacher: Teacher | None = None
 
 
 def temperature_of(engine: Engine, method: Method) -> float:

@@ -8,11 +8,22 @@ from dataclasses import dataclass
 import torch
 
 from crosstrain.memory import give_back
-from crosstrain.training.batching import distinct_demonstrations, distinct_tokens, to_batch
+from crosstrain.training.batching import distinct_tokens, to_batch
+from crosstrain.training.beside import beside_cost, sampling_cost
 from crosstrain.training.collect import Collected
 from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine
-from crosstrain.training.loop import Progress, backward, denominators, draw, make_batch, micro_batches, minibatches, passes
+from crosstrain.training.loop import (
+    Progress,
+    backward,
+    denominators,
+    draw,
+    make_batch,
+    micro_batches,
+    minibatches,
+    passes,
+    used_demonstrations,
+)
 from crosstrain.training.metrics import Meter
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.probe import optimizer_seconds
@@ -64,14 +75,14 @@ def _measure(engine: Engine, method: Method, optimizer: Optimizer, batch_size: i
     reset_peak_memory(device)
     started = clock(device)
     collected = draw(engine, method, batch_size, progress)
-    cost = Cost().sampled(collected.usage.prefill_tokens, collected.usage.generated_tokens, engine.parameters)
+    cost = sampling_cost(engine, collected.usage)
     if not collected.groups:
         return FirstStep(cost.took(clock(device) - started), peak_memory_gb(device))
     batch, cost = make_batch(engine, method, collected, 0, cost)
     cost = cost.took(clock(device) - started)
     peak = peak_memory_gb(device)
     update, most = _measure_update(engine, method, optimizer, batch, collected)
-    demonstrations = sum(map(distinct_demonstrations, collected.groups)) * method.updates.epochs
+    demonstrations = used_demonstrations(method, collected.groups)
     cost = (cost + update) * _longer(engine, method, batch_size, batch, collected)
     masters = optimizer.masters.values()
     gradients = sum(m.numel() * m.element_size() for m in masters) / 2**30
@@ -105,6 +116,7 @@ def _measure_update(
     tokens = distinct_tokens(batch) * method.updates.epochs * passes(method)
     times = tokens / distinct_tokens(largest)
     cost = Cost().forward_backward(tokens, engine.parameters).took(statistics.median(seconds) * times)
+    cost += beside_cost(engine, method, batch) * (method.updates.epochs * passes(method))
     return cost, peak_memory_gb(engine.device)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,6 +20,7 @@ from crosstrain.errors import UserError, nearest
 from crosstrain.objective.reduce import count, term_loss
 from crosstrain.objective.schedules import learning_rate_factor
 from crosstrain.training.batching import cut, distinct_demonstrations, distinct_tokens, to_batch, with_advantage
+from crosstrain.training.beside import beside, beside_cost, sampling_cost
 from crosstrain.training.collect import Collected, collect
 from crosstrain.training.columns import add_columns
 from crosstrain.training.cost import Cost
@@ -109,10 +110,10 @@ def train_stage(
         torch.manual_seed(_step_seed(engine.seed, progress.step))  # dropout depends on (seed, step), not on history
         collected = draw(engine, method, settings.batch_size, progress)
         usage = collected.usage
-        cost = progress.cost.sampled(usage.prefill_tokens, usage.generated_tokens, engine.parameters)
+        cost = progress.cost + sampling_cost(engine, usage)
         times = {"sampling": usage.sampling_seconds, "reward": usage.reward_seconds, "batch": 0.0}
         lines: list[Mapping[str, float]] = []
-        trained = 0
+        trained, others = 0, Cost()
         if collected.groups:
             drawn = clock(engine.device)
             batch, cost = make_batch(engine, method, collected, progress.optimizer_steps, cost)
@@ -128,13 +129,16 @@ def train_stage(
                 line = update(engine, method, minibatch, optimizer, settings, learning_rate, progress, collected)
                 if line is not None:
                     trained += distinct_tokens(minibatch) * passes(method)
+                    others += beside_cost(engine, method, minibatch) * passes(method)
                     moved = bool(lines) and "old_logp" not in batch.columns
                     lines.append(without_logp_difference(line) if moved else line)
                     progress.optimizer_steps += 1
-        updates = Cost().forward_backward(trained, engine.parameters)
-        demonstrations = sum(map(distinct_demonstrations, collected.groups)) * method.updates.epochs
+        updates = Cost().forward_backward(trained, engine.parameters) + others
+        demonstrations = used_demonstrations(method, collected.groups)
         progress.skipped += not lines
-        metrics = {TIME + "backward": 0.0, TIME + "optimizer": 0.0, **merge(lines), **rollout_metrics(collected.rewarded)}
+        scored = method.plan.scored or engine.rewards is not None
+        completions = rollout_metrics(collected.rewarded, scored=scored)
+        metrics = {TIME + "backward": 0.0, TIME + "optimizer": 0.0, **merge(lines), **completions}
         metrics |= {TIME + name: seconds for name, seconds in times.items()}
         metrics["frac_groups_dropped"] = 1 - len(collected.groups) / collected.drawn
         metrics["step_time"] = time.perf_counter() - started
@@ -163,6 +167,7 @@ def draw(engine: Engine, method: Method, batch_size: int, progress: Progress) ->
         truncation=engine.truncation,
         seed=engine.seed,
         step=progress.step,
+        teacher=None if engine.teacher is None else engine.teacher.sampler,
     )
 
 
@@ -172,6 +177,12 @@ def make_batch(engine: Engine, method: Method, collected: Collected, optimizer_s
     batch = to_batch(collected.groups, step=optimizer_steps, seed=engine.seed, mask_truncated=mask)
     batch, cost = add_columns(engine, method, batch.to(engine.device), cost)
     return with_advantage(batch, method.advantage(batch)), cost
+
+
+def used_demonstrations(method: Method, groups: Sequence[Group]) -> int:
+    """How many demonstrations a step uses, each as often as it has epochs; one that a teacher is shown is used too."""
+    shown = int(bool(method.contexts))
+    return sum(max(distinct_demonstrations(g), shown) for g in groups) * method.updates.epochs
 
 
 def passes(method: Method) -> int:
@@ -289,18 +300,21 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
     """
     known = {**CHANNELS, **method.channels}
     channels = {name: known[name] for name in sorted(method.needs & known.keys())}
+    others = beside(engine, method, batch)
     scores = score(
         engine.model,
         batch,
         channels=channels,
+        beside=others,
         watch=True,
         temperature=temperature_of(engine, method),
         layout=engine.layout,
         embed=method.embed,
         value_head=values_of(engine, method),
     )
+    measured = [*channels, *(name for other in others for name in other.measures)]
     values = scores.channels.get("value")
-    inputs = [scores.logp, *(scores.channels[name] for name in channels), *([] if values is None else [values])]
+    inputs = [scores.logp, *(scores.channels[name] for name in measured), *([] if values is None else [values])]
     gradients: list[Tensor] = [torch.zeros_like(x) for x in inputs]
     used = torch.zeros_like(batch.trained)
     policy_weights = torch.zeros_like(scores.logp)

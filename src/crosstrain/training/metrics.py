@@ -21,11 +21,12 @@ COMPUTED = "computed/"
 """What positions are called that went through forward and backward: `tokens` through the layers, `predictions` through the head."""
 
 
-def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+def rollout_metrics(groups: Sequence[Group], *, scored: bool = True) -> dict[str, float]:
     """Rewards and completion lengths of a step's groups as collected; empty without own completions.
 
     reward, reward_std: mean over completions, and mean over groups of the std with n - 1. frac_reward_zero_std: share of groups
-    whose rewards are all equal. rewards/missing: completions without a reward.
+    whose rewards are all equal. rewards/missing: completions without a reward. scored: whether rewards were asked for; where not,
+    what would be of them is left out.
     """
     answers = [[t for t in g.by(Source.POLICY) if not t.greedy] for g in groups]  # a baseline is no answer
     own = [t for group in answers for t in group]
@@ -35,11 +36,14 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
     known = [r for group in rewards for r in group]
     stds = [statistics.stdev(r) for r in rewards if len(r) > 1]  # exact: equal rewards have a std of 0, also 0.1 seven times
     lengths = [sum(s == Source.POLICY for s in t.source) for t in own]
-    metrics = {
+    of_rewards = {
         "reward": _mean(known),
         "reward_std": _mean(stds),
         "frac_reward_zero_std": _mean([float(s == 0) for s in stds]),
         "rewards/missing": float(sum(t.reward is None for t in own)),
+    }
+    metrics = {
+        **(of_rewards if scored else {}),
         "completions/mean_length": _mean(lengths),
         "completions/min_length": float(min(lengths)),
         "completions/max_length": float(max(lengths)),

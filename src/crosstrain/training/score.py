@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from crosstrain.prefix import common_start
 from crosstrain.served import written_out
 from crosstrain.training.batching import cut, to_batch
 from crosstrain.training.token_logp import CHUNK, token_logp
-from crosstrain.types import Batch, Channel, Example, Group, Scores, Source, Trajectory
+from crosstrain.types import Batch, Channel, Divergence, Example, Group, Scores, Source, Trajectory
 
 Layout = Literal["shared", "plain"]
 
@@ -76,11 +76,26 @@ class Lines:
     prediction: Tensor
 
 
+@dataclass(frozen=True)
+class Beside:
+    """Another next-token distribution at every trained token of a batch, and what is computed of it and the policy's.
+
+    hidden: [M, D], the states that predict the trained tokens, by row and column of the batch. logits: some of these states to
+    logits [m, V], without gradient; asked again in backward. measures: a divergence and what both logits are divided by (None:
+    what the policy's are), by the channel's name.
+    """
+
+    hidden: Tensor
+    logits: Callable[[Tensor], Tensor]
+    measures: Mapping[str, tuple[Divergence, float | None]]
+
+
 def score(
     model: Any,
     batch: Batch,
     *,
     channels: Mapping[str, Channel] | None = None,
+    beside: Sequence[Beside] = (),
     watch: bool = False,
     temperature: float = 1.0,
     layout: Layout = "shared",
@@ -93,23 +108,34 @@ def score(
     gradient. temperature: logits are divided by it first (as the sampler does). layout: "shared" computes a common start once
     and needs a model that accepts a custom attention mask; "plain" runs one line per sequence. embed: changes the input
     embeddings, of one line per row whatever the layout. value_head: hidden states [P, D] -> [P]; its result is the channel
-    `value`, the state before each token.
+    `value`, the state before each token. beside: other distributions of the same tokens, whose measures are channels too; their
+    logits exist for as many positions at once as the model's own.
     """
     # what changes embeddings (noise) is about one row at a time, and must not know what shares its line
     lines = lay_out(batch, layout if embed is None else "plain")
+    if beside:  # equal predictions of two rows may stand beside different ones
+        lines = _one_for_each_token(lines)
     with of_any_shape(lines.tokens.device):
         hidden = _hidden_states(model, lines, batch, embed)
     asked: dict[str, Channel] = {**(WATCHED if watch else {}), **(channels or {})}
     weight = plain_head(model)
-    if weight is not None and weight.dtype == hidden.dtype and not channels:
+    if weight is not None and weight.dtype == hidden.dtype and not channels and not beside:
         found = token_logp(hidden, weight, lines.target, temperature)
         flat = {"logp": found.logp, **{name: getattr(found, name).to(found.logp.dtype) for name in asked}}
     else:
-        flat = _head(model, hidden, lines.target, asked, temperature)
+        flat = _head(model, hidden, lines.target, asked, temperature, beside)
     if value_head is not None:
         flat["value"] = value_head(hidden)
     rectangles = {name: _rectangle(values, lines, batch) for name, values in flat.items()}
     return Scores(rectangles.pop("logp"), rectangles, lines.tokens.numel(), len(lines.target))
+
+
+@torch.no_grad()
+def trained_states(model: Any, batch: Batch, layout: Layout) -> Tensor:
+    """The model's last hidden states that predict the trained tokens of `batch`, by row and column, [M, D], without gradient."""
+    lines = _one_for_each_token(lay_out(batch, layout))
+    with of_any_shape(lines.tokens.device):
+        return _hidden_states(model, lines, batch, None)
 
 
 def trajectory_logps(
@@ -188,6 +214,21 @@ def lay_out(batch: Batch, layout: Layout) -> Lines:
         None if mask is None else mask.to(device),
         *(line, place, target),
         *(row, column, prediction),
+    )
+
+
+def _one_for_each_token(lines: Lines) -> Lines:
+    """The same lines with a prediction of its own for every trained token, by row and column."""
+    order = torch.argsort(lines.row * (int(lines.column.max()) + 1 if len(lines.column) else 1) + lines.column)
+    at = lines.prediction[order]
+    return replace(
+        lines,
+        line=lines.line[at],
+        place=lines.place[at],
+        target=lines.target[at],
+        row=lines.row[order],
+        column=lines.column[order],
+        prediction=torch.arange(len(at), device=at.device),
     )
 
 
@@ -348,20 +389,34 @@ def _probe(model: Any, first: int) -> Batch:
 
 
 def _head(
-    model: Any, hidden: Tensor, targets: Tensor, channels: Mapping[str, Channel], temperature: float
+    model: Any,
+    hidden: Tensor,
+    targets: Tensor,
+    channels: Mapping[str, Channel],
+    temperature: float,
+    beside: Sequence[Beside] = (),
 ) -> dict[str, Tensor]:
-    """`logp` and the channels of every prediction, [P] each; chunks are recomputed in backward when there are several."""
-    names = ["logp", *channels]
+    """`logp`, the channels and what is measured beside another distribution, of every prediction, [P] each; chunks are recomputed
+    in backward when there are several."""
+    names = ["logp", *channels, *(name for other in beside for name in other.measures)]
 
-    def chunk(h: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        logits = head_logits(model, h) / temperature
+    def chunk(h: Tensor, target: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+        raw = head_logits(model, h)
+        logits = raw / temperature
         logp = logits.gather(1, target[:, None])[:, 0] - torch.logsumexp(logits, dim=1)
-        return (logp, *(channel(logits, target) for channel in channels.values()))
+        found = [logp, *(channel(logits, target) for channel in channels.values())]
+        for other, state in zip(beside, states, strict=True):
+            theirs = other.logits(state)
+            for divergence, own in other.measures.values():
+                at = temperature if own is None else own
+                found.append(divergence(raw / at, theirs / at, target))
+        return tuple(found)
 
     pieces = []
     several = len(hidden) > CHUNK and torch.is_grad_enabled()
-    for h, target in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-        pieces.append(checkpoint(chunk, h, target, use_reentrant=False) if several else chunk(h, target))
+    parts_of = [x.split(CHUNK) for x in (hidden, targets, *(other.hidden for other in beside))]
+    for parts in zip(*parts_of, strict=True):
+        pieces.append(checkpoint(chunk, *parts, use_reentrant=False) if several else chunk(*parts))
     return {name: torch.cat(parts) for name, parts in zip(names, zip(*pieces, strict=True), strict=True)}
 
 

@@ -1,0 +1,157 @@
+"""Learning from a teacher model: GKD, and on-policy distillation with the teacher's log-probs as the credit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from crosstrain.methods.plans import keyed_uniforms
+from crosstrain.methods.registry import method
+from crosstrain.objective.denominators import old
+from crosstrain.objective.divergences import generalised_jsd, reverse_kl
+from crosstrain.objective.terms import by, of_channel
+from crosstrain.types import (
+    Batch,
+    Comparison,
+    Example,
+    Group,
+    Method,
+    Per,
+    Plan,
+    Request,
+    Scores,
+    Source,
+    State,
+    Term,
+    Trajectory,
+    Updates,
+)
+
+
+@method(
+    paper="arXiv:2306.13649",
+    family="distillation",
+    checked="port",
+    works="On own completions a small student gets closer to its teacher than on fixed ones (arXiv:2306.13649).",
+    fails="",
+    deviates="Whether an example is answered by the student is drawn for each example, in the paper and in TRL for a whole batch.",
+)
+def gkd(beta: float = 0.5, lmbda: float = 0.5, temperature: float = 1.0, seq_kd: bool = False) -> Method:
+    """GKD (generalised knowledge distillation): the teacher's next-token distribution as the target, on the student's own answers.
+
+    Loss: D(teacher, pi) over the whole vocabulary at every token of the answers, averaged over all of the step's tokens, with the
+    generalised Jensen-Shannon divergence D = beta KL(q || m) + (1 - beta) KL(pi || m), m = beta q + (1 - beta) pi, q the teacher;
+    beta 0 is the forward KL(q || pi), 1 the reverse KL(pi || q). A gradient on all logits, not on log pi(y_t) alone: with beta 0 it
+    is (pi - q) / N. Answers carry no gradient: whoever wrote them, they are only where the two are compared.
+
+    lmbda: the chance that an example is answered by the student, keyed by the example; the others bring their demonstration.
+    seq_kd: instead of demonstrations, the teacher's own answers, sampled as the student's are, so that no row needs one.
+    temperature: divides both models' logits in D, whatever the temperature of sampling (TRL samples at 0.9 and compares at 1).
+    Completions need no reward. The recipe names the teacher: `teacher: MODEL`.
+    """
+    if not 0 <= lmbda <= 1:
+        raise ValueError(f"lmbda: got {lmbda}; it must be from 0 (given answers) to 1 (own answers)")
+    if seq_kd and lmbda == 1:
+        raise ValueError(
+            "seq_kd: with lmbda=1 every answer is the student's own, so it has no effect; lower lmbda or leave it out"
+        )
+    if temperature <= 0:
+        raise ValueError(f"temperature: got {temperature}; it must be positive")
+    term = of_channel(
+        "distil",
+        "jsd",
+        on=by(Source.EXPERT, Source.POLICY),
+        per=Per(("own_tokens",)),
+        describe=f"D_beta(teacher, pi) over the vocabulary, beta = {beta:g}",
+    )
+    return Method(
+        terms=(term,),
+        plan=_own_or_given(lmbda, seq_kd),
+        comparisons={"jsd": Comparison(generalised_jsd(beta), of="teacher", temperature=temperature)},
+    )
+
+
+def _own_or_given(lmbda: float, seq_kd: bool) -> Plan:
+    """An answer of the policy's with the chance `lmbda`, else the row's, or with `seq_kd` the teacher's."""
+
+    def own(example: Example, state: State) -> bool:
+        return keyed_uniforms(1, "gkd", state["seed"], example.id)[0] < lmbda
+
+    def start(example: Example, state: State) -> tuple[Trajectory, ...]:
+        return () if seq_kd or own(example, state) else example.expert
+
+    def following(group: Group, state: State) -> Sequence[Request]:
+        if group.trajectories:
+            return ()
+        return (Request(1, by="policy" if own(group.example, state) else "teacher"),)
+
+    given = lmbda < 1 and not seq_kd
+    return Plan(
+        start=start,
+        next=following,
+        samples=lmbda > 0 or seq_kd,
+        scored=False,
+        needs_expert="demonstration" if given else None,
+    )
+
+
+@method(
+    paper="arXiv:2306.13649",
+    family="distillation",
+    year=2025,
+    works="",
+    fails="",
+    deviates="Divided by the step's tokens, where the published recipe adds them up; the student's log-probs are the trainer's, "
+    "not the sampler's.",
+)
+def on_policy_distillation(
+    num_generations: int = 4,
+    mode: Literal["sampled_token", "full_logits"] = "sampled_token",
+    num_iterations: int = 1,
+    minibatches: int = 1,
+) -> Method:
+    """On-policy distillation: the teacher grades every token of the student's own answers.
+
+    The reverse KL(pi || teacher) on own completions, as a reward for each token, with discount 0. Loss (logged): the mean of log pi
+    - log q over all tokens of the step, q the teacher. mode:
+        sampled_token   the value -A r with A = log q - log pi_old (no gradient) and r = pi / pi_old, pi_old = pi with one update:
+                        weight on grad log pi r A / N
+        full_logits     KL(pi || q) over the whole vocabulary at every token, whose gradient is on all logits; the answer's own
+                        probability has none
+
+    The published recipe (tinker-cookbook, for the Thinking Machines article of October 2025) is the first, with groups of four
+    answers, which share nothing but their prompt here. Completions need no reward. The recipe names the teacher: `teacher: MODEL`.
+    """
+    if mode not in ("sampled_token", "full_logits"):
+        raise ValueError(f"mode: got {mode!r}; allowed: sampled_token, full_logits")
+    if num_generations < 1:
+        raise ValueError(f"num_generations: got {num_generations}; it must be at least 1")
+    own, per = by(Source.POLICY), Per(("own_tokens",))
+    if mode == "sampled_token":
+        needs = frozenset({"teacher_logp", "old_logp"})
+        term = Term("distil", _graded, own, per, needs=needs, logged=_sampled_kl, describe="-A r, A = log teacher - log old")
+    else:
+        term = of_channel("distil", "reverse_kl", on=own, per=per, describe="KL(pi || teacher) over the vocabulary")
+
+    def following(group: Group, state: State) -> Sequence[Request]:
+        return () if group.trajectories else (Request(num_generations),)
+
+    return Method(
+        terms=(term,),
+        plan=Plan(start=lambda example, state: (), next=following, samples=True, scored=False),
+        comparisons={"reverse_kl": Comparison(reverse_kl, of="teacher")} if mode == "full_logits" else {},
+        updates=Updates(num_iterations, minibatches),
+    )
+
+
+def _graded(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
+    before = old(scores.logp.detach(), batch, on)
+    ratio = torch.exp(torch.where(on, scores.logp - before, torch.zeros_like(scores.logp)))
+    return -(batch.columns["teacher_logp"] - before) * ratio
+
+
+def _sampled_kl(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
+    return scores.logp - batch.columns["teacher_logp"]
