@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from crosstrain.config import DataSpec, Recipe, Stage
 from crosstrain.config.recipe import RewardsSpec, SamplingSpec
 from crosstrain.data import Stream, encode, read_rows
 from crosstrain.data.rows import Row, data_hash
-from crosstrain.errors import UserError
+from crosstrain.errors import UserError, nearest
 from crosstrain.head import check_head
 from crosstrain.methods import load_method
 from crosstrain.models import has_bf16_instructions, load_model, load_tokenizer, load_weights, resolve_device
@@ -26,6 +26,7 @@ from crosstrain.rollout.sampler import Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
 from crosstrain.tasks import get_task
 from crosstrain.training.collect import Truncation
+from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine, Teacher
 from crosstrain.training.loop import StageSettings
 from crosstrain.training.optimizer import Precision
@@ -172,19 +173,34 @@ def _look(name: str, examples: tuple[Example, ...], tokenizer: Any) -> list[str]
 
 
 def stage_method(stage: Stage) -> Method:
-    """The stage's method, made with its settings."""
-    return load_method(stage.method.name, **stage.method.settings)
+    """The stage's method, made with its settings, drawing from the streams that the stage names.
+
+    UserError for streams that the method does not have, and for one name where it has several.
+    """
+    method = load_method(stage.method.name, **stage.method.settings)
+    if stage.data is None:
+        return method
+    own = list(method.plan.streams(method.init()))
+    if isinstance(stage.data, str) and len(own) > 1:
+        example = ", ".join(f"{name}: {stage.data}" for name in own)
+        raise UserError(f"method {method.name} draws from {', '.join(own)}; give `data: {{{example}}}` instead of one name")
+    origins = {own[0]: stage.data} if isinstance(stage.data, str) else stage.data
+    for name in origins:
+        if name not in own:
+            raise UserError(f"method {method.name} draws from no stream {name!r}; {nearest(name, own)}")
+    return replace(method, plan=replace(method.plan, origins=dict(origins)))
 
 
 def check_data(method: Method, loaded: Loaded) -> None:
     """Before step 1: every row brings what the method needs, or UserError with the first rows that do not."""
-    for name in method.plan.streams(method.init()):
+    for stream in method.plan.streams(method.init()):
+        name = method.plan.origin(stream)
         if name not in loaded.streams:
             raise UserError(
                 f"method {method.name} draws from a data stream {name!r}; the recipe has {', '.join(loaded.streams)}. A file is "
-                f"given as `data: {{{name}: FILE}}`"
+                f"given as `data: {{{name}: FILE}}`, and a stage's `data` says which stream is its {stream!r}"
             )
-        needs, examples = method.plan.brings(name), loaded.streams[name].examples
+        needs, examples = method.plan.brings(stream), loaded.streams[name].examples
         what = {"demonstration": "a demonstration (`completion`)", "pair": "`chosen` and `rejected`", "label": "`label`"}
         lacking = [e.where or e.id for e in examples if needs is not None and not _brings(e, needs)]
         if lacking and needs is not None:
@@ -205,7 +221,7 @@ def check_rewards(method: Method, rewards: object | None) -> None:
 
 def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
     """A warning for every setting that none of the recipe's stages has a use for; arms of a study share settings, so no error."""
-    drawn = {name for method in methods for name in method.plan.streams(method.init())}
+    drawn = {method.plan.origin(name) for method in methods for name in method.plan.streams(method.init())}
     found = [f"data.{name}: no stage draws from it" for name in recipe.data if name not in drawn]
     if recipe.rewards is not None and all(is_model(f.name) for f in recipe.rewards.functions):
         fields = RewardsSpec.model_fields
@@ -220,7 +236,7 @@ def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
     if recipe.rewards is not None:
         found.append("rewards: no stage samples completions, so nothing is scored with them")
     spec = recipe.evaluation
-    asks = bool(spec.in_distribution or spec.out_of_distribution or (spec.dev and spec.eval_steps))
+    asks = bool(spec.in_distribution or spec.out_of_distribution or spec.eval_steps)
     for name, field in SamplingSpec.model_fields.items():
         if getattr(recipe.sampling, name) != field.default and not (asks and name == "max_completion_length"):
             found.append(f"sampling.{name}: no stage samples completions")
@@ -234,7 +250,8 @@ def check_reference(recipe: Recipe, method: Method, stage: int) -> None:
         why = "compares with the reference's whole distribution" if whole else "compares with no reference"
         why = "trains on completions that do not exist yet" if method.plan.samples else why
         raise UserError(f"stage {stage}: precompute_ref_log_probs is true, but {method.name} {why}; leave it out")
-    later = stage > 0 and method.reads("reference") and method.reference == "stage_start"
+    again = stage > 0 or recipe.stages[stage].repeat_until_budget
+    later = again and method.reads("reference") and method.reference == "stage_start"
     if later and recipe.model.lora is not None:
         raise UserError(
             f"stage {stage}: a reference at the stage's start is not kept for LoRA runs; train the stages as separate runs, or "
@@ -270,7 +287,7 @@ def check_evaluation(recipe: Recipe, tokenizer: Any) -> None:
     from crosstrain.evaluate.suite import questions
 
     spec = recipe.evaluation
-    for one in (*spec.in_distribution, *spec.out_of_distribution, *([spec.dev] if spec.dev else [])):
+    for one in (*spec.in_distribution, *spec.out_of_distribution, *filter(None, (spec.dev, spec.dev_ood))):
         load_set(one, "dev", tokenizer, 1)
     if spec.forgetting:
         if tokenizer.chat_template is None:
@@ -353,10 +370,13 @@ def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     return tuple(sorted({i for i in (tokenizer.eos_token_id, *listed) if i is not None}))
 
 
-def stage_settings(recipe: Recipe, stage: Stage) -> StageSettings:
-    """A stage's numbers, its share of the budget among them."""
+def stage_settings(recipe: Recipe, stage: Stage, spent: Cost | None = None) -> StageSettings:
+    """A stage's numbers, its share of the budget among them: what is left of it after `spent` for a stage that is repeated until
+    the budget is."""
     budget = recipe.budget
     share = stage.budget_share if stage.budget_share is not None else (1.0 if len(recipe.stages) == 1 else None)
+    if stage.repeat_until_budget and budget is not None:
+        share = max(1 - getattr(spent or Cost(), budget.unit) / budget.amount, 0.0)
     return StageSettings(
         batch_size=stage.batch_size,
         learning_rate=stage.learning_rate,

@@ -29,15 +29,31 @@ class RunPlan:
         lines = [f"model: {self.model} on {self.device}, {self.precision}"]
         lines += [f"data: {name}, {n} rows" for name, n in self.rows.items()]
         lines += [f"warning: {text}" for text in self.warnings]
+        alike: dict[str, tuple[list[int], StagePlan]] = {}  # repeated stages are said once
         for i, s in enumerate(self.stages):
+            alike.setdefault(repr(s), ([], s))[0].append(i)
+        for where, s in alike.values():
             c = s.cost
             lines.append(
-                f"stage {i}: {s.method}, about {s.steps} steps, {c.processed_tokens:,} tokens processed "
+                f"{_stages(where)}: {s.method}, about {s.steps} steps, {c.processed_tokens:,} tokens processed "
                 f"({c.generated_tokens:,} generated), {c.flops:.2e} FLOPs"
             )
             lines += [f"    {term}" for term in s.terms]
         lines.append(f"predicted: {self.predicted} (without evaluation; measured on the first batch of each stage)")
         return "\n".join(lines)
+
+
+def _stages(where: list[int]) -> str:
+    """Which stages, and how many where there are many.
+
+    >>> _stages([0]), _stages([1, 3, 5]), _stages([0, 2, 4, 6])
+    ('stage 0', 'stages 1, 3, 5, each', 'stages 0, 2, ..., 6, each of 4')
+    """
+    if len(where) == 1:
+        return f"stage {where[0]}"
+    if len(where) <= 3:
+        return f"stages {', '.join(map(str, where))}, each"
+    return f"stages {where[0]}, {where[1]}, ..., {where[-1]}, each of {len(where)}"
 
 
 def plan(recipe: Recipe) -> RunPlan:

@@ -79,12 +79,27 @@ def plan_stages(recipe: Recipe, ready: Prepared, engine: Engine) -> tuple[StageP
         if method.plan.needs_expert is not None and not cost.demonstrations:
             # a gate may have no use for any in one batch; that it never will cannot be meant, and steps could not be told
             cost = cost.used_demonstrations(stage.batch_size)
-        if i and method.reads("reference") and method.reference == "stage_start":  # a second reference, beside the base
+        again = i > 0 or stage.repeat_until_budget
+        if again and method.reads("reference") and method.reference == "stage_start":  # a second reference, beside the base
             memory += sum(p.numel() * p.element_size() for p in ready.model.parameters()) / 2**30
         steps = expected_steps(recipe, stage, cost)
         terms = tuple(f"{t.name}: {t.describe} per {t.per}" for t in method.terms)
         plans.append(StagePlan(method.name, steps, cost * steps, memory, terms))
-    return tuple(plans)
+    return _all_rounds(recipe, plans)
+
+
+def _all_rounds(recipe: Recipe, plans: Sequence[StagePlan]) -> tuple[StagePlan, ...]:
+    """The plans with as many steps and costs as the rounds until the budget is spent have; partial rounds count as such."""
+    budget, marks = recipe.budget, [stage.repeat_until_budget for stage in recipe.stages]
+    if budget is None or not any(marks):
+        return tuple(plans)
+    round_costs = [(getattr(p.cost, budget.unit), m) for p, m in zip(plans, marks, strict=True)]
+    before, one = (sum(cost for cost, m in round_costs if m == again) for again in (False, True))
+    rounds = max(budget.amount - before, 0.0) / one
+    return tuple(
+        replace(p, steps=math.ceil(p.steps * rounds), cost=p.cost * rounds) if m else p
+        for p, m in zip(plans, marks, strict=True)
+    )
 
 
 def expected_steps(recipe: Recipe, stage: Stage, one: Cost) -> int:
@@ -120,6 +135,7 @@ def _first_step(recipe: Recipe, stage: Stage, method: Method, ready: Prepared, e
         {
             "recipe": recipe.model_dump(mode="json", include=set(_MATTERS)),
             "method": stage.method.model_dump(mode="json"),
+            "data": stage.data,
             "batch_size": stage.batch_size,
             "content": dict(ready.loaded.hashes),
             "precompute_ref_log_probs": stage.precompute_ref_log_probs,

@@ -77,6 +77,6 @@ def known_base(recipe: Recipe, ready: Prepared, engine: Engine) -> dict[int, Kno
 
 def known_log_probs(engine: Engine, method: Method, model: Any) -> Known:
     """The log-probs of all data that a method draws from, under `model`."""
-    streams = [engine.streams[name] for name in method.plan.streams(method.init())]
+    streams = [engine.streams[method.plan.origin(name)] for name in method.plan.streams(method.init())]
     examples = [e for stream in streams for e in stream.examples]
     return known_reference(model, examples, layout=engine.layout, tokens_per_micro_batch=engine.micro_batch_tokens)

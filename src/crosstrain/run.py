@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from crosstrain import assemble, run_record
 from crosstrain.card import model_card
-from crosstrain.config import Recipe, Stage, config_hash, load_recipe, parse
+from crosstrain.config import Recipe, Stage, SwitchSpec, config_hash, load_recipe, parse
 from crosstrain.errors import UserError, nearest
 from crosstrain.evaluate import BaseAnswers, measure_dev
 from crosstrain.memory import give_back
@@ -32,7 +32,7 @@ from crosstrain.training.checkpoint import Checkpoint, write_folder, write_json
 from crosstrain.training.cost import Cost
 from crosstrain.training.display import Display
 from crosstrain.training.engine import Engine
-from crosstrain.training.loop import NonFinite, Progress, stage_progress, train_stage
+from crosstrain.training.loop import NonFinite, Progress, share_spent, stage_progress, train_stage
 from crosstrain.training.record import (
     append_lines,
     completion_lines,
@@ -41,7 +41,7 @@ from crosstrain.training.record import (
     reset_peak_memory,
 )
 from crosstrain.training.reference import Known
-from crosstrain.training.switch import Plateau
+from crosstrain.training.switch import Watch, look, stage_after
 from crosstrain.training.tally import Tally
 from crosstrain.training.trackers import Log, trackers
 from crosstrain.types import Method
@@ -102,7 +102,7 @@ class _Run:
         self.peak_memory_gb = 0.0
         self.known: dict[int, Known] = {}
         self.progress = Progress()
-        self.plateau = Plateau()
+        self.watch = Watch()
         self.best: dict[str, Any] = {}
         self.started = False
 
@@ -117,7 +117,7 @@ class _Run:
             self.display.start(self.folder.name, self._done())
             try:
                 with self._trackers() as log:
-                    while self.progress.stage < len(self.recipe.stages):
+                    while not self._trained():
                         self._stage(engine, log)
             finally:
                 self.display.finish()
@@ -138,13 +138,26 @@ class _Run:
         config = {**self.recipe.model_dump(mode="json"), "recipe_hash": config_hash(self.recipe)}
         return trackers(self.recipe.report_to, project="crosstrain", run=self.folder.name, config=config)
 
+    @property
+    def _at(self) -> int:
+        """Which of the recipe's stages it is; `progress.stage` counts on through the rounds of repeated ones."""
+        return stage_after(self.progress.stage, [stage.repeat_until_budget for stage in self.recipe.stages])
+
+    def _trained(self) -> bool:
+        """Whether no stage is under way and none is left, or what is left are rounds until the budget is spent, and it is."""
+        if self.started or self._at == len(self.recipe.stages):
+            return not self.started
+        budget = self.recipe.budget
+        rounds = budget is not None and self.recipe.stages[self._at].repeat_until_budget
+        return rounds and budget is not None and getattr(self.progress.cost, budget.unit) >= budget.amount
+
     def _stage(self, engine: Engine, log: Log) -> None:
-        stage, method = self.recipe.stages[self.progress.stage], self.methods[self.progress.stage]
-        settings = assemble.stage_settings(self.recipe, stage)
+        stage, method = self.recipe.stages[self._at], self.methods[self._at]
         if not self.started:
             self._begin(stage, method)
+        settings = assemble.stage_settings(self.recipe, stage, self.progress.stage_cost)
         engine = self._with_reference(engine, stage, method)
-        why = "max_steps" if settings.max_steps else "budget"
+        why = ""
         lines: list[dict[str, Any]] = []
         share = stage_progress(settings, self.progress)
         for step in train_stage(engine, method, settings, self.optimizer, self.progress):
@@ -162,8 +175,8 @@ class _Run:
             self.display.step(self._done(), line)
             if method.plan.scored:
                 self._look_at_rewards(line)
-            if stage.until is not None and self._look(stage, line):
-                why = f"plateau of {stage.until.metric}"
+            if stage.until is not None and self._look(stage.until, method, line):
+                why = f"{stage.until.rule} of {stage.until.metric}"
                 break
             before, share = share, stage_progress(settings, self.progress)
             self.progress.idle = 0 if share > before else self.progress.idle + 1
@@ -173,6 +186,7 @@ class _Run:
                 break
             if self.progress.step % self.recipe.save.save_steps == 0:
                 self._save()
+        why = why or ("budget" if share_spent(settings, self.progress) >= 1.0 else "max_steps")
         self.record["stages"].append({"method": method.name, "steps": self.progress.stage_step, "ended_by": why})
         self.progress.stage += 1
         self.started = False
@@ -209,7 +223,7 @@ class _Run:
         self.progress.stage_step = self.progress.idle = 0
         self.progress.stage_cost = self.progress.cost
         self.progress.state = method.init()
-        self.plateau = Plateau()
+        self.watch = Watch()
         self.started = True
         if method.reads("reference") and method.reference == "stage_start" and not first:
             write_folder(self.folder / "reference", lambda d: save_file(self._weights(), d / "weights.safetensors"))
@@ -220,7 +234,8 @@ class _Run:
             engine = replace(engine, reference=self._stage_start_reference())
         if not stage.precompute_ref_log_probs:
             return engine
-        known = self.known.get(self.progress.stage)
+        moved = self.progress.stage > 0 and method.reference == "stage_start"
+        known = None if moved else self.known.get(self._at)
         if known is None:
             assert engine.reference is not None
             with engine.reference() as model:
@@ -239,7 +254,7 @@ class _Run:
     def _measure_dev(self) -> dict[str, float]:
         """Metrics on the development questions, every `eval_steps` steps."""
         spec = self.recipe.evaluation
-        if not spec.eval_steps or spec.dev is None or self.progress.step % spec.eval_steps:
+        if not spec.eval_steps or self.progress.step % spec.eval_steps:
             return {}
         self.model.eval()
         return measure_dev(self.model, self.tokenizer, spec, sampling=self.recipe.sampling, seed=self.recipe.seed)
@@ -248,23 +263,26 @@ class _Run:
         save = self.recipe.save
         value = line.get(save.best_metric) if save.best_metric else None
         if value is None or math.isnan(value):
-            if save.best_metric and value is None and "eval_accuracy" in line:
-                names = ", ".join(k for k in line if k.startswith("eval_"))
+            names = ", ".join(k for k in line if k.startswith("eval_"))
+            if save.best_metric and value is None and names:
                 raise UserError(f"save.best_metric: got {save.best_metric!r}; measured are {names}")
             return
         if not self.best or ((value > self.best["value"]) == (save.best_mode == "max") and value != self.best["value"]):
             self.best = {"value": value, "step": self.progress.step, "metric": save.best_metric}
             write_folder(self.folder / "best", lambda d: save_file(self._weights(), d / "weights.safetensors"))
 
-    def _look(self, stage: Stage, line: Mapping[str, Any]) -> bool:
-        assert stage.until is not None
-        value = line.get(stage.until.metric)
+    def _look(self, until: SwitchSpec, method: Method, line: Mapping[str, Any]) -> bool:
+        value = line.get(until.metric)
         if value is None:
-            if not stage.until.metric.startswith("eval_") or "eval_accuracy" in line:
-                raise UserError(f"until.metric: {stage.until.metric!r} is not measured; {nearest(stage.until.metric, line)}")
+            looked = any(name.startswith("eval_") for name in line)
+            # a step may train on nothing, and one of a method that samples may sample nothing
+            partly = "loss" not in line or (method.plan.samples and "reward" not in line)
+            if looked if until.metric.startswith("eval_") else not partly:
+                raise UserError(f"until.metric: {until.metric!r} is not measured; {nearest(until.metric, line)}")
             return False
-        self.plateau = self.plateau.look(value, mode=stage.until.mode, min_delta=stage.until.min_delta)
-        return self.plateau.looks >= stage.until.patience
+        rule = {"rule": until.rule, "mode": until.mode}
+        self.watch = look(self.watch, value, **rule, min_delta=until.min_delta, reached=until.value)
+        return self.watch.looks >= until.patience
 
     def _evaluate(self) -> dict[str, Any] | None:
         if asks_nothing(self.recipe):
@@ -276,17 +294,23 @@ class _Run:
 
     def _done(self) -> float:
         """Share of the whole run that is done."""
-        n = len(self.recipe.stages)
-        if self.progress.stage >= n:
+        n, at, budget = len(self.recipe.stages), self._at, self.recipe.budget
+        if self._trained():
             return 1.0
-        settings = assemble.stage_settings(self.recipe, self.recipe.stages[self.progress.stage])
+        stage = self.recipe.stages[at]
+        if stage.repeat_until_budget and budget is not None:
+            rest = sum(one.repeat_until_budget for one in self.recipe.stages) / n
+            return 1 - rest + rest * min(getattr(self.progress.cost, budget.unit) / budget.amount, 1.0)
+        settings = assemble.stage_settings(self.recipe, stage)
         inside = min(stage_progress(settings, self.progress), 1.0) if self.started else 0.0
-        return (self.progress.stage + inside) / n
+        return (at + inside) / n
 
     def _epoch(self) -> float:
-        position = sum(self.progress.positions.values())
-        total = sum(len(self.loaded.streams[name].examples) for name in self.progress.positions)
-        return position / total if total else 0.0
+        """Passes over the data that the stage draws from, those of stages before it counted in."""
+        method = self.methods[self._at]
+        names = {method.plan.origin(name) for name in method.plan.streams(self.progress.state)}
+        position = sum(self.progress.positions.get(name, 0) for name in names)
+        return position / sum(len(self.loaded.streams[name].examples) for name in names)
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
@@ -304,15 +328,15 @@ class _Run:
         self.progress.tally = self.progress.tally.held(peak_memory_gb(self.device))
         state = {
             "progress": {**asdict(self.progress), "state": dict(self.progress.state)},
-            "plateau": asdict(self.plateau),
+            "watch": asdict(self.watch),
             "best": self.best,
             "started": self.started,
             "stages": self.record["stages"],
             "recipe_hash": config_hash(self.recipe),
         }
         where = self.folder / "checkpoints"
-        trained = self.progress.stage == len(self.recipe.stages)  # what is left is to evaluate, which takes no moments
-        found = Checkpoint(self.optimizer.weights(), {} if trained else self.optimizer.moments(), state)
+        moments = {} if self._trained() else self.optimizer.moments()  # an evaluation takes none
+        found = Checkpoint(self.optimizer.weights(), moments, state)
         limit = self.recipe.save.save_total_limit
         checkpoint.save(where, self.progress.step, found, stage=self.progress.stage, keep=limit)
 
@@ -325,11 +349,11 @@ class _Run:
             saved_tally = saved.pop("tally", {})  # not in checkpoints of earlier versions
             costs = {name: Cost(**saved.pop(name)) for name in ("cost", "stage_cost")}
             self.progress = Progress(**saved, **costs, tally=Tally(**saved_tally))
-            self.plateau = Plateau(**found.state["plateau"])
+            self.watch = Watch(**found.state["watch"])
             self.best, self.started = dict(found.state["best"]), found.state["started"]
             self.record["stages"] = list(found.state["stages"])
             if self.started:
-                stage = self.recipe.stages[self.progress.stage]
+                stage = self.recipe.stages[self._at]
                 betas = (stage.adam_beta1, stage.adam_beta2)
                 factor = assemble.value_factor(stage)
                 self.optimizer.begin(weight_decay=stage.weight_decay, betas=betas, eps=stage.adam_epsilon, value_factor=factor)

@@ -182,6 +182,7 @@ class Plan:
     needs_expert: what the row must bring: "demonstration", "pair", "label" or nothing. expert_streams: the streams whose rows must
         bring it; None for all.
     max_draws: how often a step may draw further examples to replace groups that `select` dropped (DAPO's dynamic sampling).
+    origins: the recipe's stream that stands for one of the plan's, where it is not the one of the same name; a stage's `data`.
     """
 
     streams: Callable[[State], Mapping[str, float]] = _one_stream
@@ -192,6 +193,11 @@ class Plan:
     needs_expert: Literal["demonstration", "pair", "label"] | None = None
     expert_streams: frozenset[str] | None = None
     max_draws: int = 1
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    def origin(self, stream: str) -> str:
+        """The recipe's stream that a stream of the plan is drawn from."""
+        return self.origins.get(stream, stream)
 
     def brings(self, stream: str) -> Literal["demonstration", "pair", "label"] | None:
         """What the rows of a stream must bring."""

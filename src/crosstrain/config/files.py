@@ -188,7 +188,8 @@ def _as_written(data: Any, loc: Sequence[str | int], *, missing: bool) -> list[s
     """The parts of `loc` that the user's own data have: shorthands such as a flat stage have no `stages.0`."""
     key: list[str | int] = []
     for i, part in enumerate(loc):
-        inside = part in data if isinstance(data, Mapping) else isinstance(data, list) and isinstance(part, int)
+        listed = isinstance(data, list) and isinstance(part, int) and part < len(data)
+        inside = part in data if isinstance(data, Mapping) else listed
         if inside:
             data = data[part]  # type: ignore[index]
             key.append(part)
@@ -200,8 +201,13 @@ def _as_written(data: Any, loc: Sequence[str | int], *, missing: bool) -> list[s
 def _allowed_keys(model: type[BaseModel], loc: Sequence[str | int], written: Any) -> list[str]:
     """The keys allowed in the part of `model` at `loc`; with those of a stage where one may be written flat."""
     at: Any = model
+    kinds: dict[str, Any] = {}
     for part in loc:
-        at = _inner(at.model_fields[part].annotation) if _is_model(at) and part in at.model_fields else at
+        if part in kinds:  # one of several things that may stand here, such as a stage or a repetition
+            at = kinds[str(part)]
+        elif _is_model(at) and part in at.model_fields:
+            inside = _models(at.model_fields[part].annotation)
+            kinds, at = {one.__name__: one for one in inside}, next(iter(inside), None)
     options = list(at.model_fields) if _is_model(at) else []
     if "stages" in options and not (isinstance(written, Mapping) and "stages" in written):
         options += list(_inner(at.model_fields["stages"].annotation).model_fields)
@@ -213,8 +219,10 @@ def _is_model(annotation: Any) -> bool:
 
 
 def _inner(annotation: Any) -> Any:
-    """The model inside an annotation such as `list[Stage]`, `dict[str, DataSpec]` or `LoraSpec | None`."""
-    if _is_model(annotation):
-        return annotation
-    found = [_inner(arg) for arg in get_args(annotation)]
-    return next((model for model in found if _is_model(model)), None)
+    """The first model inside an annotation such as `list[Stage]`, `dict[str, DataSpec]` or `LoraSpec | None`."""
+    return next(iter(_models(annotation)), None)
+
+
+def _models(annotation: Any) -> list[Any]:
+    """All models inside an annotation."""
+    return [annotation] if _is_model(annotation) else [found for arg in get_args(annotation) for found in _models(arg)]

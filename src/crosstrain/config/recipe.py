@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from crosstrain.cache import keep_rows
 
@@ -180,14 +180,30 @@ class MethodSpec(BaseModel):
 
 
 class SwitchSpec(BaseModel):
-    """End a stage early, when a metric stops getting better."""
+    """End a stage early, by a metric that is looked at every time it is measured."""
 
     model_config = STRICT
-    rule: Literal["plateau"] = Field("plateau", description="The rule; plateau: no improvement for `patience` looks.")
+    rule: Literal["plateau", "peak", "threshold"] = Field(
+        "plateau",
+        description="plateau: no improvement for `patience` looks. peak: worse than the best by more than `min_delta` for "
+        "`patience` looks in a row; `init_from: best` in the next stage goes back to the peak. threshold: at `value` or better for "
+        "`patience` looks in a row (a solve rate).",
+    )
     metric: str = Field(description="Name of the metric in metrics.jsonl.")
     mode: Literal["min", "max"] = Field(description="Whether lower (min) or higher (max) is better.")
-    patience: Count = Field(description="Looks without improvement before the stage ends.")
-    min_delta: Number = Field(0.0, ge=0, description="Smallest change that counts as improvement.")
+    patience: Count = Field(description="Looks after which the stage ends.")
+    min_delta: Number = Field(
+        0.0, ge=0, description="Smallest change that counts: as improvement (plateau), as a fall from the best (peak)."
+    )
+    value: Number | None = Field(None, description="What the metric has to reach; for `rule: threshold` alone.")
+
+    @model_validator(mode="after")
+    def _value_belongs_to_threshold(self) -> Self:
+        if (self.rule == "threshold") != (self.value is not None):
+            raise ValueError(f"'rule: threshold' and a 'value' go together; got rule={self.rule!r} and value={self.value}")
+        if self.rule == "threshold" and self.min_delta:
+            raise ValueError("'min_delta' has no effect with 'rule: threshold'; move 'value' instead")
+        return self
 
 
 class Stage(BaseModel):
@@ -195,6 +211,11 @@ class Stage(BaseModel):
 
     model_config = STRICT
     method: MethodSpec
+    data: str | dict[str, str] | None = Field(
+        None,
+        description="Which of the recipe's streams the stage draws from: a name for a method of one stream, or a mapping from "
+        "the method's streams to the recipe's; by default those of the same names. Stages that share a stream go on in it.",
+    )
     max_steps: Count | None = Field(None, description="Collections of data after which the stage ends.")
     budget_share: Share | None = Field(None, description="Share of the recipe's budget after which the stage ends.")
     batch_size: Count = Field(8, description="Examples collected per step.")
@@ -218,12 +239,76 @@ class Stage(BaseModel):
     )
     restart_optimizer: Flag = Field(True, description="Start with fresh optimizer moments.")
     restart_schedule: Flag = Field(True, description="Start the learning-rate schedule anew.")
+    repeat_until_budget: Flag = Field(
+        False,
+        description="One of the last stages, which come again in turn until the budget is spent; see `repeat: until_budget`.",
+    )
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
+        if self.repeat_until_budget and (self.max_steps is None or self.budget_share is not None):
+            raise ValueError("a stage that is repeated until the budget is spent needs 'max_steps', and no 'budget_share'")
         if self.max_steps is not None and self.warmup_steps > self.max_steps:
             raise ValueError(f"'warmup_steps' ({self.warmup_steps}) is more than 'max_steps' ({self.max_steps})")
         return self
+
+
+def _which(value: Any) -> str:
+    return "Repeat" if isinstance(value, Repeat) or (isinstance(value, Mapping) and "repeat" in value) else "Stage"
+
+
+def _written_out(entries: list[Any]) -> list[Any]:
+    return [stage for entry in entries for stage in (entry.written_out() if isinstance(entry, Repeat) else [entry])]
+
+
+class Repeat(BaseModel):
+    """Stages that come again in turn: k:1 interleaving, alternation. Optimizer moments go on where `restart_optimizer: false`.
+
+    >>> sft = {"method": "sft", "learning_rate": 1e-5, "max_steps": 4}
+    >>> grpo = {"method": "grpo", "learning_rate": 1e-6, "max_steps": 1}
+    >>> [stage.method.name for stage in Repeat(repeat=2, stages=[sft, grpo]).written_out()]
+    ['sft', 'grpo', 'sft', 'grpo']
+    """
+
+    model_config = STRICT
+    repeat: Count | Literal["until_budget"] = Field(
+        description="How many rounds. until_budget: as many as the rest of the recipe's budget pays for; at the end of the list."
+    )
+    stages: Stages = Field(
+        min_length=1, description="The stages of a round. A `budget_share` is for all rounds together, `max_steps` for each."
+    )
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        if any(stage.repeat_until_budget for stage in self.stages):
+            raise ValueError("'repeat: until_budget' cannot stand inside another 'repeat'")
+        if self.repeat == "until_budget":
+            for stage in self.stages:
+                if stage.max_steps is None or stage.budget_share is not None:
+                    raise ValueError("in 'repeat: until_budget' every stage needs 'max_steps', and no 'budget_share'")
+        return self
+
+    def written_out(self) -> list[Stage]:
+        """The stages of all rounds, each with its part of the budget; of one round for `until_budget`, marked."""
+        if self.repeat == "until_budget":
+            return [stage.model_copy(update={"repeat_until_budget": True}) for stage in self.stages]
+        n = self.repeat
+        one = [
+            stage if stage.budget_share is None else stage.model_copy(update={"budget_share": stage.budget_share / n})
+            for stage in self.stages
+        ]
+        return one * n
+
+
+if TYPE_CHECKING:
+    Stages = list[Stage]
+else:
+    Stages = Annotated[
+        list[Annotated[Annotated[Stage, Tag("Stage")] | Annotated[Repeat, Tag("Repeat")], Discriminator(_which)]],
+        AfterValidator(_written_out),
+    ]
+    Repeat.model_rebuild()
+"""Stages in order; an entry may be a `Repeat`, in whose place its stages stand as often as it says."""
 
 
 class BudgetSpec(BaseModel):
@@ -273,7 +358,12 @@ class EvaluationSpec(BaseModel):
     divergence: Flag = Field(True, description="Measure KL to the base model, both ways.")
     temperature: Positive = Field(1.0, description="Temperature of the evaluation's samples.")
     eval_steps: Whole = Field(0, description="Steps between evaluations on `dev`; 0 is only at the end.")
-    dev: EvalSetSpec | None = Field(None, description="Development questions, looked at during training.")
+    dev: EvalSetSpec | None = Field(
+        None, description="Development questions, looked at during training (`eval_accuracy`, ...)."
+    )
+    dev_ood: EvalSetSpec | None = Field(
+        None, description="Development questions shifted away from the training data, looked at too (`eval_ood_accuracy`, ...)."
+    )
     dev_samples: Count = Field(1, description="Completions sampled per development question.")
 
     @model_validator(mode="after")
@@ -288,7 +378,9 @@ class EvaluationSpec(BaseModel):
             raise ValueError(f"evaluation sets need different names, got {twice[0]!r} more than once")
         if self.forgetting_questions is not None and not self.forgetting:
             raise ValueError("'forgetting_questions' has no effect: 'forgetting' is false")
-        if self.eval_steps and self.dev is None:
+        if self.dev_ood is not None and not self.eval_steps:
+            raise ValueError("'dev_ood' has no effect: 'eval_steps' is 0")
+        if self.eval_steps and self.dev is None and self.dev_ood is None:
             raise ValueError(f"'eval_steps' is {self.eval_steps} but there is no 'dev' set to look at")
         return self
 
@@ -300,15 +392,15 @@ def _streams(value: Any) -> Any:
     return {"train": value} if single else value
 
 
-def gather_stage(value: Any) -> Any:
-    """The same mapping with the stage keys of its top level, if any, gathered into its one stage.
+def gather_stage(value: Any, own: frozenset[str] = frozenset({"data"})) -> Any:
+    """The same mapping with the stage keys of its top level, if any, gathered into its one stage; `own` are not the stage's.
 
     >>> gather_stage({"method": "sft", "learning_rate": 1e-5, "seed": 3})
     {'seed': 3, 'stages': [{'method': 'sft', 'learning_rate': 1e-05}]}
     """
     if not isinstance(value, Mapping):
         return value
-    flat = [key for key in value if key in Stage.model_fields]
+    flat = [key for key in value if key in Stage.model_fields and key not in own]
     if flat and "stages" in value:
         raise ValueError(f"{flat[0]!r} stands beside 'stages'; write it inside the stage it is for")
     if not flat:
@@ -326,7 +418,7 @@ class Recipe(BaseModel):
         min_length=1, description="Named streams of examples; a single one is called `train`."
     )
     rewards: RewardsSpec | None = Field(None, description="How completions are scored; the task's reward when not given.")
-    stages: list[Stage] = Field(min_length=1, description="What to do, in order.")
+    stages: Stages = Field(min_length=1, description="What to do, in order; `{repeat: N, stages: [...]}` repeats some.")
     sampling: SamplingSpec = Field(default_factory=SamplingSpec)
     evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
     budget: BudgetSpec | None = Field(None, description="What the run may spend.")
@@ -366,11 +458,29 @@ class Recipe(BaseModel):
                 raise ValueError(f"stage {i} ({stage.method.name}) never ends: give it 'max_steps' or 'budget_share'")
             if stage.init_from == "best" and self.save.best_metric is None:
                 raise ValueError(f"stage {i} has 'init_from: best' but 'save.best_metric' is not set")
-        if self.budget is not None and len(self.stages) > 1 and all(s.budget_share is None for s in self.stages):
+            names = [stage.data] if isinstance(stage.data, str) else list((stage.data or {}).values())
+            for name in names:
+                if name not in self.data:
+                    raise ValueError(f"stage {i} draws from a data stream {name!r}; the recipe has {', '.join(self.data)}")
+        self._repeats_end()
+        spends = any(s.budget_share is not None or s.repeat_until_budget for s in self.stages)
+        if self.budget is not None and len(self.stages) > 1 and not spends:
             raise ValueError("'budget' has no effect: no stage has a 'budget_share'")
         if (total := sum(stage.budget_share or 0.0 for stage in self.stages)) > 1 + 1e-9:
             raise ValueError(f"the stages' 'budget_share' add up to {total:g}; at most 1 is allowed")
         return self
+
+    def _repeats_end(self) -> None:
+        marks = [stage.repeat_until_budget for stage in self.stages]
+        if not any(marks):
+            return
+        if not all(marks[marks.index(True) :]):
+            raise ValueError("'repeat: until_budget' spends what is left of the budget, so no stage can come after it")
+        if self.budget is None or self.budget.unit not in ("processed_tokens", "flops"):
+            got = "no budget" if self.budget is None else f"budget.unit {self.budget.unit!r}"
+            raise ValueError(
+                f"'repeat: until_budget' needs a budget of processed_tokens or flops, which every step spends; got {got}"
+            )
 
     @model_validator(mode="after")
     def _lengths_and_metrics(self) -> Self:
@@ -380,8 +490,8 @@ class Recipe(BaseModel):
                 f"({self.max_length})"
             )
         for i, stage in enumerate(self.stages):
-            if stage.until is not None and stage.until.metric.startswith("eval_") and not self.evaluation.eval_steps:
-                raise ValueError(f"stage {i}: 'until.metric' needs 'evaluation.eval_steps' above 0, or it is never measured")
+            if stage.until is not None and stage.until.metric.startswith("eval_"):
+                self._is_measured(f"stage {i}: 'until.metric'", stage.until.metric)
             if i and not stage.restart_schedule and stage.lr_scheduler_type != "constant":
                 raise ValueError(
                     f"stage {i}: 'restart_schedule: false' keeps the warmup of a constant schedule from coming again; a "
@@ -389,6 +499,13 @@ class Recipe(BaseModel):
                 )
         if self.stages[0].init_from == "best":
             raise ValueError("stage 0 has 'init_from: best', and nothing was trained before it")
-        if self.save.best_metric is not None and not self.evaluation.eval_steps:
-            raise ValueError("'save.best_metric' needs 'evaluation.eval_steps' above 0, or it is never measured")
+        if self.save.best_metric is not None:
+            self._is_measured("'save.best_metric'", self.save.best_metric)
         return self
+
+    def _is_measured(self, where: str, metric: str) -> None:
+        shifted = metric.startswith("eval_ood_")
+        if not self.evaluation.eval_steps:
+            raise ValueError(f"{where} needs 'evaluation.eval_steps' above 0, or it is never measured")
+        if (self.evaluation.dev_ood if shifted else self.evaluation.dev) is None:
+            raise ValueError(f"{where} needs 'evaluation.{'dev_ood' if shifted else 'dev'}', or it is never measured")

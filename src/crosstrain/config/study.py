@@ -7,7 +7,19 @@ from typing import Annotated, Any, Self, get_type_hints
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from crosstrain.config.files import parse, set_path
-from crosstrain.config.recipe import STRICT, BudgetSpec, Flag, MethodSpec, Positive, Recipe, Seed, Share, Stage, gather_stage
+from crosstrain.config.recipe import (
+    STRICT,
+    BudgetSpec,
+    Flag,
+    MethodSpec,
+    Positive,
+    Recipe,
+    Seed,
+    Share,
+    Stage,
+    Stages,
+    gather_stage,
+)
 from crosstrain.errors import UserError, nearest
 
 _OWN = ("stages", "seed", "budget", "output_dir")
@@ -27,21 +39,25 @@ class ArmSpec(BaseModel):
 
     model_config = STRICT
     name: str = Field(description="Name in the report; the methods joined by ' -> ' when not given.")
-    stages: list[Stage] = Field(min_length=1, description="What to do, in order.")
+    stages: Stages = Field(min_length=1, description="What to do, in order.")
 
     @model_validator(mode="before")
     @classmethod
     def _gather(cls, value: Any) -> Any:
-        arm = gather_stage(value)
+        arm = gather_stage(value, own=frozenset())
         if isinstance(arm, dict) and "name" not in arm and isinstance(arm.get("stages"), list):
-            return {"name": " -> ".join(_method_name(stage) for stage in arm["stages"]), **arm}
+            return {"name": " -> ".join(map(_method_name, arm["stages"])), **arm}
         return arm
 
 
 def _method_name(stage: Any) -> str:
-    """The name of a stage's method, or "?" where the stage is so wrong that it will be refused anyway."""
+    """The name of a stage's method, or "?" where the stage is so wrong that it will be refused anyway; of a repetition, "(a -> b) x
+    N" (an asterisk where the budget says how often)."""
     if isinstance(stage, Stage):
         return stage.method.name
+    if isinstance(stage, dict) and isinstance(stage.get("stages"), list):
+        times = "*" if stage.get("repeat") == "until_budget" else stage.get("repeat")
+        return f"({' -> '.join(map(_method_name, stage['stages']))}) x {times}"
     try:
         return MethodSpec.model_validate(stage["method"]).name
     except (KeyError, TypeError, ValidationError):

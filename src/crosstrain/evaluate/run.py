@@ -89,15 +89,17 @@ def evaluate_model(
 
 
 def measure_dev(model: Any, tokenizer: Any, spec: EvaluationSpec, *, sampling: SamplingSpec, seed: int) -> dict[str, float]:
-    """Metrics on the development questions: `eval_accuracy` and the others of `set_metrics`."""
-    if spec.dev is None:
+    """Metrics on the development questions: `eval_accuracy` and the others of `set_metrics`, and of those out of distribution
+    `eval_ood_accuracy` and so on."""
+    asked = {prefix: one for prefix, one in (("eval_", spec.dev), ("eval_ood_", spec.dev_ood)) if one is not None}
+    if not asked:
         raise UserError("evaluation.dev: there are no development questions to measure; add a `dev` set")
     sampler = TorchSampler(model, stop_token_ids=stop_tokens(model, tokenizer))
-    held_out = load_set(spec.dev, "dev", tokenizer, spec.dev_samples)
+    held_out = [load_set(one, "dev", tokenizer, spec.dev_samples) for one in asked.values()]
     drawn = Sampling(temperature=spec.temperature, max_completion_length=sampling.max_completion_length)
-    [answers] = ask([held_out], sampler, tokenizer, drawn, seed=seed)
-    found = set_result(answers, ())["metrics"]
-    return {f"eval_{name}": value for name, value in found.items()}
+    answered = ask(held_out, sampler, tokenizer, drawn, seed=seed)
+    found = {prefix: set_result(answers, ())["metrics"] for prefix, answers in zip(asked, answered, strict=True)}
+    return {prefix + name: value for prefix, metrics in found.items() for name, value in metrics.items()}
 
 
 def load_sets(spec: EvaluationSpec, tokenizer: Any) -> list[QuestionSet]:

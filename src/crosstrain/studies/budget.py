@@ -37,6 +37,8 @@ def check_can_be_equal(spec: StudySpec) -> None:
 
 
 def _check_arm(i: int, arm: ArmSpec) -> None:
+    if arm.stages[-1].repeat_until_budget:
+        return  # spends what the stages before left
     shares = [stage.budget_share for stage in arm.stages]
     if len(shares) == 1 and shares[0] is None and arm.stages[0].max_steps is None:
         return
@@ -58,7 +60,7 @@ def spent_by(spec: StudySpec, run: StudyRun, out: Path) -> Spent:
     spent = float(read_record(out / run.folder)["cost"][unit])
     along = [0.0, *(float(line[f"cost/{unit}"]) for line in read_lines(out / run.folder / "metrics.jsonl")), spent]
     largest = max(after - before for before, after in pairwise(along))
-    stages = next(len(arm.stages) for arm in spec.arms if arm.name == run.arm)
+    stages = next(len(arm.stages) for arm in spec.arms if arm.name == run.arm)  # rounds until the budget is spent end with it
     within = abs(spent - amount) <= stages * largest * (1 + 1e-9)
     return Spent(run.arm, run.seed, spent, spent - amount, largest, within)
 

@@ -115,8 +115,9 @@ def earlier_rates(arm: ArmSpec, arms: Sequence[ArmSpec], chosen: Mapping[str, Ch
 
 
 def with_rates(arm: ArmSpec, learning_rates: Sequence[float]) -> ArmSpec:
-    """The arm with other learning rates, one per stage."""
-    stages = [s.model_copy(update={"learning_rate": r}) for s, r in zip(arm.stages, learning_rates, strict=True)]
+    """The arm with other learning rates, one per stage; where the last stage came before, as in a repetition, it has its rate."""
+    rates = [learning_rates[-1] if s == arm.stages[-1] else r for s, r in zip(arm.stages, learning_rates, strict=True)]
+    stages = [s.model_copy(update={"learning_rate": r}) for s, r in zip(arm.stages, rates, strict=True)]
     return arm.model_copy(update={"stages": stages})
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -96,4 +97,6 @@ def flush(path: Path) -> None:
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob("step-*") if (p / "state.json").is_file())
+    """Oldest first: by step, then by stage, as numbers (there may be more stages than the name has digits for)."""
+    complete = (p for p in folder.glob("step-*") if (p / "state.json").is_file())
+    return sorted(complete, key=lambda p: [int(n) for n in re.findall("[0-9]+", p.name)])

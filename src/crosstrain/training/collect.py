@@ -106,12 +106,13 @@ def collect(
     for _ in range(method.plan.max_draws):
         groups: list[Group] = []
         for stream, n in shares(method.plan.streams(state), batch_size).items():
-            if stream not in streams:
+            origin = method.plan.origin(stream)
+            if origin not in streams:
                 raise UserError(
-                    f"method {method.name} draws from a data stream {stream!r}; the recipe has {', '.join(streams)}"
+                    f"method {method.name} draws from a data stream {origin!r}; the recipe has {', '.join(streams)}"
                 )
-            start = positions.get(stream, 0)
-            examples, positions[stream] = streams[stream].draw(start, n)
+            start = positions.get(origin, 0)
+            examples, positions[origin] = streams[origin].draw(start, n)
             for offset, example in enumerate(examples):
                 _check_brings(method, stream, example)
                 # an example drawn twice in one step still gets random numbers of its own

@@ -88,11 +88,15 @@ class Step:
 def stage_progress(settings: StageSettings, progress: Progress) -> float:
     """Share of the stage that is done, 0 to 1: by steps or by budget, whichever is further."""
     by_steps = progress.stage_step / settings.max_steps if settings.max_steps else 0.0
-    by_budget = 0.0
-    if settings.budget_unit is not None:
-        spent = getattr(progress.cost, settings.budget_unit) - getattr(progress.stage_cost, settings.budget_unit)
-        by_budget = spent / settings.budget_amount
-    return max(by_steps, by_budget)
+    return max(by_steps, share_spent(settings, progress))
+
+
+def share_spent(settings: StageSettings, progress: Progress) -> float:
+    """Share of the stage's budget that is spent; 0 where it has none."""
+    if settings.budget_unit is None:
+        return 0.0
+    spent = getattr(progress.cost, settings.budget_unit) - getattr(progress.stage_cost, settings.budget_unit)
+    return float(spent / settings.budget_amount)
 
 
 def train_stage(
