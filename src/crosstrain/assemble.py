@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,11 +89,17 @@ def rows_of(name: str, spec: DataSpec) -> list[Row]:
     return get_task(spec.task, **spec.task_config).rows(spec.split, spec.size or 1024, spec.seed)
 
 
-def load_streams(recipe: Recipe, tokenizer: Any) -> Loaded:
-    """Every stream of the recipe, tokenized. UserError for a row that cannot be used, with file:row."""
+def base_weights(recipe: Recipe, device: torch.device, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """The parameters of that name of the recipe's model, before any training."""
+    return {n: p.detach() for n, p in load_base_weights(recipe, device).named_parameters() if n in names}
+
+
+def load_streams(recipe: Recipe, tokenizer: Any, methods: Sequence[Method] = ()) -> Loaded:
+    """Every stream of the recipe, tokenized, with the contexts that methods ask of it. UserError for a row that cannot be used,
+    with file:row, and for two methods whose contexts of one name differ."""
     streams, hashes, counts, warnings = {}, {}, {}, []
     for name, spec in recipe.data.items():
-        rows = rows_of(name, spec)
+        rows, contexts = rows_of(name, spec), _contexts(name, methods)
         examples = tuple(
             encode(
                 row,
@@ -102,6 +108,7 @@ def load_streams(recipe: Recipe, tokenizer: Any) -> Loaded:
                 max_prompt_length=recipe.max_prompt_length,
                 max_length=recipe.max_length,
                 system_prompt=spec.system_prompt,
+                contexts=contexts,
             )
             for i, row in enumerate(rows)
         )
@@ -109,6 +116,18 @@ def load_streams(recipe: Recipe, tokenizer: Any) -> Loaded:
         streams[name] = Stream(name, examples, recipe.seed)
         hashes[name], counts[name] = data_hash(rows), len(rows)
     return Loaded(streams, hashes, counts, tuple(warnings))
+
+
+def _contexts(stream: str, methods: Sequence[Method]) -> dict[str, str]:
+    """What the methods that draw from a stream want its prompts to be written as, by name."""
+    found: dict[str, str] = {}
+    for method in methods:
+        for name, text in method.contexts.items() if stream in method.plan.streams(method.init()) else ():
+            if found.setdefault(name, text) != text:
+                raise UserError(
+                    f"stages want {name!r} of {stream!r} both as {found[name]!r} and as {text!r}; give them the same"
+                )
+    return found
 
 
 def _look(name: str, examples: tuple[Example, ...], tokenizer: Any) -> list[str]:
@@ -149,7 +168,7 @@ def check_data(method: Method, loaded: Loaded) -> None:
 
 def check_rewards(method: Method, rewards: object | None) -> None:
     """Before step 1: a method that samples has something to score its completions with."""
-    if method.plan.samples and rewards is None:
+    if method.plan.samples and method.plan.grade is None and rewards is None:
         raise UserError(
             f"method {method.name} samples completions, and nothing scores them: add `rewards: [file.py:function]` to the "
             "recipe, or take the data from a task"
@@ -160,10 +179,10 @@ def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
     """A warning for every setting that none of the recipe's stages has a use for; arms of a study share settings, so no error."""
     drawn = {name for method in methods for name in method.plan.streams(method.init())}
     found = [f"data.{name}: no stage draws from it" for name in recipe.data if name not in drawn]
+    if recipe.rewards is not None and not any(m.plan.samples and m.plan.grade is None for m in methods):
+        found.append("rewards: no stage samples completions, so nothing is scored with them")
     if any(method.plan.samples for method in methods):
         return found
-    if recipe.rewards is not None:
-        found.append("rewards: no stage samples completions, so nothing is scored with them")
     spec = recipe.evaluation
     asks = bool(spec.in_distribution or spec.out_of_distribution or (spec.dev and spec.eval_steps))
     for name, field in SamplingSpec.model_fields.items():
@@ -172,10 +191,25 @@ def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
     return found
 
 
+def short_iterations(recipe: Recipe, methods: Sequence[Method], loaded: Loaded) -> list[str]:
+    """A warning for each stage whose steps start from the base model and see a part of the data only."""
+    found = []
+    for i, (stage, method) in enumerate(zip(recipe.stages, methods, strict=True)):
+        rows = sum(loaded.rows[name] for name in method.plan.streams(method.init()))
+        if method.start_from == "base" and stage.batch_size < rows:
+            found.append(
+                f"stage {i}: every step of {method.name} starts from the base model, and only its answers come from the steps "
+                f"before; batch_size is {stage.batch_size} of {rows} rows"
+            )
+    return found
+
+
 def check_reference(recipe: Recipe, method: Method, stage: int) -> None:
     """Before step 1: the reference that a stage compares with can be kept, and computed beforehand where that is asked for."""
-    if recipe.stages[stage].precompute_ref_log_probs and (method.plan.samples or "ref_logp" not in method.needs):
-        why = "trains on completions that do not exist yet" if method.plan.samples else "compares with no reference"
+    moving = "ref_logp" in method.needs and method.reference == "previous"
+    if recipe.stages[stage].precompute_ref_log_probs and (method.plan.samples or moving or "ref_logp" not in method.needs):
+        why = "compares with a reference that moves with every step" if moving else "compares with no reference"
+        why = "trains on completions that do not exist yet" if method.plan.samples else why
         raise UserError(f"stage {stage}: precompute_ref_log_probs is true, but {method.name} {why}; leave it out")
     later = stage > 0 and "ref_logp" in method.needs and method.reference == "stage_start"
     if later and recipe.model.lora is not None:
@@ -306,6 +340,7 @@ def describe_method(method: Method) -> dict[str, Any]:
         "paper": method.paper,
         "settings": dict(method.settings),
         "updates": {"epochs": method.updates.epochs, "minibatches": method.updates.minibatches},
+        "start_from": method.start_from,
         "terms": [
             {
                 "name": t.name,

@@ -34,7 +34,7 @@ def prepare(recipe: Recipe) -> Prepared:
     device = resolve_device(recipe.device)
     methods = tuple(assemble.stage_method(stage) for stage in recipe.stages)
     model, tokenizer = assemble.load_base(recipe, device)
-    loaded = assemble.load_streams(recipe, tokenizer)
+    loaded = assemble.load_streams(recipe, tokenizer, methods)
     for i, method in enumerate(methods):
         assemble.check_data(method, loaded)
         assemble.check_reference(recipe, method, i)
@@ -52,10 +52,16 @@ def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
         assemble.check_rewards(method, rewards)
     samples = any(method.plan.samples for method in ready.methods)
     engine = assemble.make_engine(recipe, ready.model, ready.tokenizer, ready.loaded, rewards, ready.device, samples=samples)
+    engine = replace(engine, base=lambda: assemble.base_weights(recipe, ready.device, ready.optimizer.masters))
     stages = zip(recipe.stages, ready.methods, strict=True)
-    if not any("ref_logp" in method.needs and not stage.precompute_ref_log_probs for stage, method in stages):
+    if not any(_kept(method) and not stage.precompute_ref_log_probs for stage, method in stages):
         return engine
     return replace(engine, reference=assemble.make_reference(ready.model, recipe.model.lora is not None))
+
+
+def _kept(method: Method) -> bool:
+    """Whether a method compares with weights that have to be kept."""
+    return "ref_logp" in method.needs and method.reference != "previous"
 
 
 def known_base(recipe: Recipe, ready: Prepared, engine: Engine) -> dict[int, Known]:

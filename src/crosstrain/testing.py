@@ -150,7 +150,8 @@ def made_up_examples(method: Method, n: int = 8, seed: int = 0) -> list[Example]
             "pair": lambda: (answer(1.0), answer(0.0)),
             "label": lambda i=i: (answer(float(i % 2)),),
         }.get(method.plan.needs_expert or "", lambda: (answer(None),))()
-        result.append(Example(f"train:{i}", "", prompt, expert, where=f"made-up:{i + 1}"))
+        contexts = {name: (*prompt, rng.randrange(3, VOCABULARY)) for name in method.contexts}
+        result.append(Example(f"train:{i}", "", prompt, expert, where=f"made-up:{i + 1}", contexts=contexts))
     return result
 
 

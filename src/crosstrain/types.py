@@ -53,6 +53,7 @@ class Trajectory:
         everywhere.
     policy_version: the optimizer step of the sampling weights; -1 when not ours.
     finished: False for a completion cut at the token limit. greedy: the most likely token was taken everywhere (ReMax's baseline).
+    sampled_from: the example's context that it was sampled from, in place of the prompt that stands before it; "" is that prompt.
     contexts: other prompts for the same response, by name (self-distillation reads a second one).
 
     >>> t = Trajectory(tokens=(5, 6, 7), source=(Source.PROMPT, Source.EXPERT, Source.EXPERT))
@@ -68,6 +69,7 @@ class Trajectory:
     policy_version: int = -1
     finished: bool = True
     greedy: bool = False
+    sampled_from: str = ""
     contexts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -104,6 +106,7 @@ class Example:
         reward 0), a labelled completion (reward 1 or 0), or none.
     columns: every other column; reward functions receive them as keywords.
     where: `file:row`, for messages.
+    contexts: the prompt written otherwise, by name, tokenized like it: what a method's `contexts` make of the row (STaR's hint).
     """
 
     id: str
@@ -112,6 +115,7 @@ class Example:
     expert: tuple[Trajectory, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
     where: str = ""
+    contexts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -145,11 +149,14 @@ class Request:
 
     prefix: expert tokens placed between the prompt and the completion, tagged EXPERT in the trajectory (TRAPO, BREAD, UFT).
     greedy: take the most likely token instead of sampling (ReMax's baseline).
+    context: sample from the example's context of that name in place of its prompt (STaR's hint). The completion is kept behind the
+    prompt itself, and its `behaviour_logp` is unknown: nobody computed it under that prompt.
     """
 
     n: int
     prefix: tuple[int, ...] = ()
     greedy: bool = False
+    context: str = ""
 
 
 def _everything_starts_with_its_expert_trajectories(example: Example, state: State) -> tuple[Trajectory, ...]:
@@ -173,6 +180,8 @@ class Plan:
     next: the completions to ask for, given the group so far; asked again after each round until it returns nothing. One round
         for GRPO, several for TRAPO, BREAD and STaR. Rounds are batched across examples.
     samples: whether `next` ever asks for anything (a plan that does needs a sampler and a reward).
+    grade: sets the rewards of a round's trajectories in place of the recipe's reward functions, of which none is needed then (SPIN,
+        where the demonstration is the better answer whatever was sampled).
     needs_expert: what the row must bring: "demonstration", "pair", "label" or nothing. expert_streams: the streams whose rows must
         bring it; None for all.
     max_draws: how often a step may draw further examples to replace groups that `select` dropped (DAPO's dynamic sampling).
@@ -182,6 +191,7 @@ class Plan:
     start: Callable[[Example, State], tuple[Trajectory, ...]] = _everything_starts_with_its_expert_trajectories
     next: Callable[[Group, State], Sequence[Request]] = _ask_nothing
     samples: bool = False
+    grade: Callable[[list[Group]], list[Group]] | None = None
     needs_expert: Literal["demonstration", "pair", "label"] | None = None
     expert_streams: frozenset[str] | None = None
     max_draws: int = 1
@@ -235,13 +245,14 @@ class Batch:
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Rows of the better and of the worse answer of each preference pair, [P] and [P].
 
-        A pair is a group of exactly two rows of known, unequal reward; pairs are found by group and reward, never by position.
+        A pair is a group of exactly two rows of known, unequal reward, both with trained tokens (a masked truncated answer
+        cannot be compared); pairs are found by group and reward, never by position.
         """
         better: list[int] = []
         worse: list[int] = []
         for g in torch.unique(self.group).tolist():
             rows = torch.nonzero(self.group == g).flatten().tolist()
-            if len(rows) != 2:
+            if len(rows) != 2 or not bool(self.trained[rows].any(dim=1).all()):
                 continue
             first, second = (float(self.reward[r]) for r in rows)
             if math.isnan(first) or math.isnan(second) or first == second:
@@ -419,7 +430,14 @@ class Method:
         alone, or on the whole step (REINFORCE++ divides by a standard deviation over all of it).
     updates: inner updates per collected batch.
     init, update: explicit state and how a step's logged metrics change it.
-    reference: which weights `ref_logp` comes from: those the run or the stage started with.
+    reference: which weights `ref_logp` comes from: those the run or the stage started with, or those that the step did ("previous":
+        SPIN's opponent, where a step is an iteration).
+    start_from: which weights a step's inner updates start from: the current ones, or the recipe's own model ("base": ReST-EM,
+        STaR), with fresh moments and a learning-rate schedule over the step's own updates. Completions are sampled from the
+        current ones.
+    contexts: texts in place of the prompt, by name, with `{prompt}` and the row's columns in braces; see `Request.context`.
+    temperature: what the policy's logits are divided by in training; None is the sampling temperature where the method samples,
+        else 1.
     columns: builders of further no-gradient columns by name, `(look, batch) -> [B, T] or [B]` (KTO's mismatched pairs).
     channels: full-vocabulary functionals of its own by name, computed inside the head, chunk by chunk, with gradient (GEM).
     embed: changes the input embeddings in training, `(embeddings [N, L, D], batch) -> same` (NEFTune).
@@ -436,7 +454,10 @@ class Method:
     updates: Updates = field(default_factory=Updates)
     init: Callable[[], State] = _no_state
     update: Callable[[State, Mapping[str, float]], State] = _same_state
-    reference: Literal["base", "stage_start"] = "base"
+    reference: Literal["base", "stage_start", "previous"] = "base"
+    start_from: Literal["current", "base"] = "current"
+    contexts: Mapping[str, str] = field(default_factory=dict)
+    temperature: float | None = None
     columns: Mapping[str, Callable[[Look, Batch], Tensor]] = field(default_factory=dict)
     channels: Mapping[str, Channel] = field(default_factory=dict)
     embed: Callable[[Tensor, Batch], Tensor] | None = None

@@ -117,6 +117,7 @@ def learn(method: Method, model: Any, bandit: Bandit, *, steps: int, seed: int =
         rewards=bandit.rewards,
         seed=seed,
         reference=lambda: nullcontext(frozen),
+        base=lambda: dict(frozen.named_parameters()),
     )
     settings = StageSettings(batch_size=len(bandit.right), learning_rate=5e-3, max_steps=steps)
     progress = Progress(state=method.init())

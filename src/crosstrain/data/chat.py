@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from crosstrain.data.rows import Row, Text
-from crosstrain.errors import UserError
+from crosstrain.errors import UserError, nearest
 from crosstrain.types import Example, Source, Trajectory
 
 Messages = Sequence[Mapping[str, Any]]
@@ -29,13 +29,16 @@ def encode(
     max_prompt_length: int | None = None,
     max_length: int | None = None,
     system_prompt: str | None = None,
+    contexts: Mapping[str, str] | None = None,
 ) -> Example:
     """The row, tokenized: its prompt and the trajectories it brings.
 
     A chat row is rendered with the model's own template. A plain-text prompt stays plain text (as in TRL), and a plain-text answer
     gets the end token. Trained are the assistant's words and the token that ends its turn; what a template adds around them is not.
-    An answer that does not fit into max_length is cut and its trajectory marked unfinished. Raises UserError with file:row when the
-    prompt is longer than max_prompt_length, when nothing is left to train on, or when the template cannot be split.
+    An answer that does not fit into max_length is cut and its trajectory marked unfinished. contexts: by name, texts in place
+    of the prompt (of a chat's last user message), with `{prompt}`, `{completion}` and columns in braces. Raises UserError with
+    file:row when the prompt or a context is longer than max_prompt_length, when nothing is left to train on, when the template
+    cannot be split, or when the row lacks what a context names.
     """
     if system_prompt is not None:
         row = _with_system(row, system_prompt)
@@ -53,16 +56,54 @@ def encode(
         prompt_tokens = _ids(tokenizer, prompt_text, chat=chat)
         given = [(row.completion, None if row.label is None else float(row.label)), (row.chosen, 1.0), (row.rejected, 0.0)]
         answers = [(_answer_pieces(prompt, text, tokenizer, row), reward) for text, reward in given if text is not None]
-    if max_prompt_length is not None and len(prompt_tokens) > max_prompt_length:
-        raise UserError(
-            f"{row.where}: the prompt has {len(prompt_tokens)} tokens, more than max_prompt_length {max_prompt_length}; "
-            "shorten it, or raise the limit"
-        )
     chat = not isinstance(prompt, str)
+    written = {name: _context(name, text, prompt, tokenizer, row) for name, text in (contexts or {}).items()}
+    for what, tokens in (("prompt", prompt_tokens), *((f"prompt as {name!r} writes it", t) for name, t in written.items())):
+        if max_prompt_length is not None and len(tokens) > max_prompt_length:
+            raise UserError(
+                f"{row.where}: the {what} has {len(tokens)} tokens, more than max_prompt_length {max_prompt_length}; "
+                "shorten it, or raise the limit"
+            )
     expert = tuple(_trajectory(tokenizer, pieces, reward, max_length, row, chat=chat) for pieces, reward in answers)
     return Example(
-        id=id, prompt=prompt, prompt_tokens=tuple(prompt_tokens), expert=expert, columns=dict(row.columns), where=row.where
+        id=id,
+        prompt=prompt,
+        prompt_tokens=tuple(prompt_tokens),
+        expert=expert,
+        columns=dict(row.columns),
+        where=row.where,
+        contexts=written,
     )
+
+
+def _context(name: str, text: str, prompt: Text, tokenizer: Any, row: Row) -> tuple[int, ...]:
+    """The tokens of the prompt as `text` writes it."""
+    if isinstance(prompt, str):
+        return tuple(_ids(tokenizer, _filled(name, text, prompt, row), chat=False))
+    asked = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=None)
+    if asked is None:
+        raise UserError(f"{row.where}: {name!r} writes the last user message otherwise, and the prompt has none")
+    said = _filled(name, text, str(prompt[asked]["content"]), row)
+    messages = [*prompt[:asked], {**prompt[asked], "content": said}, *prompt[asked + 1 :]]
+    return tuple(_ids(tokenizer, _render(tokenizer, messages, row, generate=True), chat=True))
+
+
+def _filled(name: str, text: str, prompt: str, row: Row) -> str:
+    """`text` with the prompt, the row's columns and its completion in place of their names in braces."""
+    known = {**row.columns, "prompt": prompt}
+    if row.completion is not None:
+        known["completion"] = (
+            row.completion if isinstance(row.completion, str) else str(row.completion[-1].get("content") or "")
+        )
+
+    def value(found: re.Match[str]) -> str:
+        if found[1] not in known:
+            raise UserError(
+                f"{row.where}: {name!r} wants {{{found[1]}}}, and the row has no such column; {nearest(found[1], known)}"
+            )
+        return str(known[found[1]])
+
+    return re.sub(r"\{(\w+)\}", value, text)
 
 
 def template_hash(tokenizer: Any) -> str:

@@ -69,8 +69,9 @@ def needs_of(method: Method) -> list[str]:
     """What a run has to bring for a method, beside a model and prompts."""
     plural = {"demonstration": "demonstrations", "pair": "preferences", "label": "labels"}
     needs = [plural[method.plan.needs_expert]] if method.plan.needs_expert else []
-    needs += ["verifier"] if method.plan.samples else []
-    return needs + [what for column, what in WHAT_IS_NEEDED.items() if column in method.needs]
+    needs += ["verifier"] if method.plan.samples and method.plan.grade is None else []
+    read = method.needs - ({"ref_logp"} if method.reference == "previous" else set())  # which is the policy, a step ago
+    return needs + [what for column, what in WHAT_IS_NEEDED.items() if column in read]
 
 
 def on_what(term: Term) -> str:

@@ -146,7 +146,8 @@ def rounds(
         asked = [(i, request) for i, g in enumerate(groups) for request in method.plan.next(g, state)]
         if not asked:
             break
-        if sampler is None or rewards is None:
+        grade = method.plan.grade or rewards
+        if sampler is None or grade is None:
             raise UserError(f"method {method.name} samples completions: the recipe needs a reward (a task, or `rewards`)")
         prompts = [_prompt(groups[i], request, round_index) for i, request in asked]
         started = time.perf_counter()
@@ -159,7 +160,7 @@ def rounds(
         # a demonstration is scored with the first round's completions; only what is new is scored, and penalised, at all
         unscored = {i: (groups[i].trajectories if round_index == 0 else ()) + t for i, t in new.items()}
         graded = time.perf_counter()
-        scored = rewards([replace(groups[i], trajectories=t) for i, t in unscored.items()])
+        scored = grade([replace(groups[i], trajectories=t) for i, t in unscored.items()])
         usage += Usage(sampling_seconds=sampled - started, reward_seconds=time.perf_counter() - graded)
         for i, g in zip(unscored, scored, strict=True):
             before = () if round_index == 0 else groups[i].trajectories
@@ -184,10 +185,15 @@ def shares(wanted: Mapping[str, float], n: int) -> dict[str, int]:
 
 
 def _prompt(group: Group, request: Request, round_index: int) -> Prompt:
-    tokens = group.example.prompt_tokens + request.prefix
+    example = group.example
+    if request.context and request.context not in example.contexts:
+        raise UserError(f"{example.where or example.id}: there is no context {request.context!r} to sample from")
+    prompt = example.contexts[request.context] if request.context else example.prompt_tokens
     # what makes random numbers: the example, the round and the request itself, never its neighbours
-    key = f"{group.example.id}#{round_index}#{len(request.prefix)}#{int(request.greedy)}"
-    return Prompt(tokens=tokens, n=request.n, key=key, greedy=request.greedy)
+    key = f"{example.id}#{round_index}#{len(request.prefix)}#{int(request.greedy)}" + (
+        request.context and f"#{request.context}"
+    )
+    return Prompt(tokens=prompt + request.prefix, n=request.n, key=key, greedy=request.greedy)
 
 
 def _trajectory(example: Example, request: Request, completion: Completion, step: int) -> Trajectory:
@@ -197,10 +203,11 @@ def _trajectory(example: Example, request: Request, completion: Completion, step
     return Trajectory(
         tokens=example.prompt_tokens + request.prefix + tuple(completion.tokens),
         source=source,
-        behaviour_logp=unknown + tuple(completion.logp),
+        behaviour_logp=() if request.context else unknown + tuple(completion.logp),
         policy_version=step,
         finished=completion.finished,
         greedy=request.greedy,
+        sampled_from=request.context,
     )
 
 

@@ -27,9 +27,9 @@ def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tup
 
     def look(other: Batch, *, of: Literal["current", "reference"] = "current") -> Scores:
         passes.append(distinct_tokens(other))
-        return (
-            reference_scores(engine, method, other) if of == "reference" else no_grad_scores(engine, method, other, watch=True)
-        )
+        if of == "reference" and method.reference != "previous":  # which is the policy as it is now, before the step's updates
+            return reference_scores(engine, method, other)
+        return no_grad_scores(engine, method, other, watch=True)
 
     if "old_logp" in method.needs and method.updates.steps > 1:
         batch = batch.with_columns(old_logp=look(batch).logp)

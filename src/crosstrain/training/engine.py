@@ -21,7 +21,7 @@ class Engine:
     """What a stage runs on: the model and everything around it that no step changes.
 
     known_reference: the reference's log-probs of all data, in place of the reference itself; a budget is charged for its passes all
-    the same.
+    the same. base: gives the recipe's own weights, by parameter name, for methods whose steps start from them.
     """
 
     model: Any
@@ -37,8 +37,11 @@ class Engine:
     seed: int = 0
     reference: Callable[[], AbstractContextManager[Any]] | None = None
     known_reference: Known | None = None
+    base: Callable[[], Mapping[str, torch.Tensor]] | None = None
 
 
 def temperature_of(engine: Engine, method: Method) -> float:
-    """Methods that sample train the distribution they sample from; imitation is at temperature 1."""
+    """Methods that sample train the distribution they sample from, unless they say otherwise; imitation is at temperature 1."""
+    if method.temperature is not None:
+        return method.temperature
     return (engine.sampling.temperature or 1.0) if method.plan.samples else 1.0
