@@ -94,6 +94,11 @@ def rows_of(name: str, spec: DataSpec) -> list[Row]:
     return get_task(spec.task, **spec.task_config).rows(spec.split, spec.size or 1024, spec.seed)
 
 
+def base_weights(recipe: Recipe, device: torch.device, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """The parameters of that name of the recipe's model, before any training."""
+    return {n: p.detach() for n, p in load_base_weights(recipe, device).named_parameters() if n in names}
+
+
 def load_teacher(
     recipe: Recipe, methods: Sequence[Method], tokenizer: Any, vocabulary: int, device: torch.device
 ) -> Teacher | None:
@@ -135,12 +140,12 @@ def check_vocabularies(name: str, tokenizer: Any, teacher: str, other: Any) -> N
         )
 
 
-def load_streams(recipe: Recipe, tokenizer: Any, contexts: Collection[str] = ()) -> Loaded:
-    """Every stream of the recipe, tokenized, with the other prompts that methods have read. UserError for a row that cannot be
-    used, with file:row."""
+def load_streams(recipe: Recipe, tokenizer: Any, methods: Sequence[Method] = ()) -> Loaded:
+    """Every stream of the recipe, tokenized, with the contexts that methods ask of it. UserError for a row that cannot be used,
+    with file:row, and for two methods whose contexts of one name differ."""
     streams, hashes, counts, warnings = {}, {}, {}, []
     for name, spec in recipe.data.items():
-        rows = rows_of(name, spec)
+        rows, contexts = rows_of(name, spec), _contexts(name, methods)
         examples = tuple(
             encode(
                 row,
@@ -157,6 +162,23 @@ def load_streams(recipe: Recipe, tokenizer: Any, contexts: Collection[str] = ())
         streams[name] = Stream(name, examples, recipe.seed)
         hashes[name], counts[name] = data_hash(rows), len(rows)
     return Loaded(streams, hashes, counts, tuple(warnings))
+
+
+def origins(method: Method) -> list[str]:
+    """The recipe's streams that a method draws from."""
+    return [method.plan.origin(name) for name in method.plan.streams(method.init())]
+
+
+def _contexts(stream: str, methods: Sequence[Method]) -> dict[str, str]:
+    """What the methods that draw from a stream want its prompts to be written as, by name."""
+    found: dict[str, str] = {}
+    for method in methods:
+        for name, text in method.contexts.items() if stream in origins(method) else ():
+            if found.setdefault(name, text) != text:
+                raise UserError(
+                    f"stages want {name!r} of {stream!r} both as {found[name]!r} and as {text!r}; give them the same"
+                )
+    return found
 
 
 def _look(name: str, examples: tuple[Example, ...], tokenizer: Any) -> list[str]:
@@ -212,7 +234,7 @@ def check_data(method: Method, loaded: Loaded) -> None:
 
 def check_rewards(method: Method, rewards: object | None) -> None:
     """Before step 1: a method that samples has something to score its completions with."""
-    if method.plan.samples and method.plan.scored and rewards is None:
+    if method.plan.asks_for_rewards and rewards is None:
         raise UserError(
             f"method {method.name} samples completions, and nothing scores them: add `rewards: [file.py:function]` to the "
             "recipe, or take the data from a task"
@@ -221,7 +243,7 @@ def check_rewards(method: Method, rewards: object | None) -> None:
 
 def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
     """A warning for every setting that none of the recipe's stages has a use for; arms of a study share settings, so no error."""
-    drawn = {method.plan.origin(name) for method in methods for name in method.plan.streams(method.init())}
+    drawn = {name for method in methods for name in origins(method)}
     found = [f"data.{name}: no stage draws from it" for name in recipe.data if name not in drawn]
     if recipe.rewards is not None and all(is_model(f.name) for f in recipe.rewards.functions):
         fields = RewardsSpec.model_fields
@@ -229,12 +251,12 @@ def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
         found += [f"rewards.{name}: reward models are asked in this process, under no time limit" for name in idle]
     if recipe.teacher is not None and not any(method.reads("teacher") for method in methods):
         found.append("teacher: no stage learns from it")
+    if recipe.rewards is not None and not any(m.plan.asks_for_rewards for m in methods):
+        found.append("rewards: no stage learns from rewards, so nothing is scored with them")
     if any(method.plan.samples for method in methods):
         if recipe.sampling.truncated == "penalise" and not any(m.plan.samples and m.plan.scored for m in methods):
             found.append("sampling.truncated: no stage learns from rewards, so nothing is penalised")
         return found
-    if recipe.rewards is not None:
-        found.append("rewards: no stage samples completions, so nothing is scored with them")
     spec = recipe.evaluation
     asks = bool(spec.in_distribution or spec.out_of_distribution or spec.eval_steps)
     for name, field in SamplingSpec.model_fields.items():
@@ -243,11 +265,28 @@ def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
     return found
 
 
+def short_iterations(recipe: Recipe, methods: Sequence[Method], loaded: Loaded) -> list[str]:
+    """A warning for each stage whose steps start from the base model and see a part of the data only."""
+    found = []
+    for i, (stage, method) in enumerate(zip(recipe.stages, methods, strict=True)):
+        rows = sum(loaded.rows[name] for name in origins(method))
+        if method.start_from == "base" and stage.batch_size < rows:
+            found.append(
+                f"stage {i}: every step of {method.name} starts from the base model, and only its answers come from the steps "
+                f"before; batch_size is {stage.batch_size} of {rows} rows"
+            )
+    return found
+
+
 def check_reference(recipe: Recipe, method: Method, stage: int) -> None:
     """Before step 1: the reference that a stage compares with can be kept, and computed beforehand where that is asked for."""
     whole = any(c.of == "reference" for c in method.comparisons.values())
-    if recipe.stages[stage].precompute_ref_log_probs and (method.plan.samples or whole or "ref_logp" not in method.needs):
-        why = "compares with the reference's whole distribution" if whole else "compares with no reference"
+    moving = method.reads("reference") and method.reference == "previous"
+    if recipe.stages[stage].precompute_ref_log_probs and (
+        method.plan.samples or whole or moving or "ref_logp" not in method.needs
+    ):
+        why = "compares with a reference that moves with every step" if moving else "compares with no reference"
+        why = "compares with the reference's whole distribution" if whole else why
         why = "trains on completions that do not exist yet" if method.plan.samples else why
         raise UserError(f"stage {stage}: precompute_ref_log_probs is true, but {method.name} {why}; leave it out")
     again = stage > 0 or recipe.stages[stage].repeat_until_budget
@@ -410,6 +449,7 @@ def describe_method(method: Method) -> dict[str, Any]:
         "paper": method.paper,
         "settings": dict(method.settings),
         "updates": {"epochs": method.updates.epochs, "minibatches": method.updates.minibatches},
+        "start_from": method.start_from,
         "terms": [
             {
                 "name": t.name,

@@ -193,8 +193,8 @@ def _group(index: int, given: GivenGroup) -> Group:
             raise UserError(
                 f"{where}.source.0: got {t.source[0]!r}; the first token is one of the prompt's, which nothing predicts"
             )
-        # the version says which trajectory this is, whatever select makes of the group
-        tokens = tuple(range(len(source)))
+        # the version says which trajectory this is, whatever select makes of the group; no two texts, and no two prompts, are alike
+        tokens = tuple(index * 10**9 + i + (0 if s == Source.PROMPT else (k + 1) * 10**5) for i, s in enumerate(source))
         trajectories.append(Trajectory(tokens, source, reward=t.reward, finished=t.finished, greedy=t.greedy, policy_version=k))
     expert = tuple(t for t in trajectories if t.wrote(Source.EXPERT) and not t.wrote(Source.POLICY))
     prompt = trajectories[0].tokens[: trajectories[0].response_start]
@@ -202,7 +202,10 @@ def _group(index: int, given: GivenGroup) -> Group:
 
 
 def _selected(method: Method, group: Group, state: Mapping[str, Any]) -> Group | None:
-    known = with_known_rewards(group) if method.plan.scored else group
+    if not method.plan.scored:
+        return method.select(group, state)
+    graded = method.plan.grade([group])[0] if method.plan.grade is not None else group
+    known = with_known_rewards(graded)
     return None if known is None else method.select(known, state)
 
 
@@ -228,7 +231,7 @@ def _with_columns(method: Method, batch: Batch, at: Sequence[tuple[int, int]], r
     logp = _rectangle(batch, [t.logp for t in rows]).nan_to_num()
 
     def look(other: Batch, *, of: Weights = "current") -> Scores:
-        if other is not batch and other.tokens.shape != batch.tokens.shape:
+        if other is not batch:
             raise UserError(
                 f"method {method.name} scores sequences that are not in the batch; log-probs of these are not given"
             )

@@ -73,7 +73,11 @@ def plan(recipe: Recipe) -> RunPlan:
         precision=ready.precision,
         device=str(ready.device),
         rows=dict(ready.loaded.rows),
-        warnings=(*ready.loaded.warnings, *assemble.unused_settings(recipe, ready.methods)),
+        warnings=(
+            *ready.loaded.warnings,
+            *assemble.unused_settings(recipe, ready.methods),
+            *assemble.short_iterations(recipe, ready.methods, ready.loaded),
+        ),
         stages=stages,
         predicted=predict(stages),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,8 +39,7 @@ def prepare(recipe: Recipe) -> Prepared:
     device = resolve_device(recipe.device)
     methods = tuple(assemble.stage_method(stage) for stage in recipe.stages)
     model, tokenizer = assemble.load_base(recipe, device)
-    contexts = sorted(set[str]().union(*(method.contexts for method in methods)))
-    loaded = assemble.load_streams(recipe, tokenizer, contexts)
+    loaded = assemble.load_streams(recipe, tokenizer, methods)
     for i, method in enumerate(methods):
         assemble.check_data(method, loaded)
         assemble.check_reference(recipe, method, i)
@@ -61,11 +61,17 @@ def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
         assemble.check_rewards(method, rewards)
     samples = any(method.plan.samples for method in ready.methods)
     engine = assemble.make_engine(recipe, ready.model, ready.tokenizer, ready.loaded, rewards, ready.device, samples=samples)
-    engine = replace(engine, value_head=ready.value_head, teacher=ready.teacher)
+    base = partial(assemble.base_weights, recipe, ready.device, ready.optimizer.masters)
+    engine = replace(engine, value_head=ready.value_head, teacher=ready.teacher, base=base)
     stages = zip(recipe.stages, ready.methods, strict=True)
-    if not any(method.reads("reference") and not stage.precompute_ref_log_probs for stage, method in stages):
+    if not any(_kept(method) and not stage.precompute_ref_log_probs for stage, method in stages):
         return engine
     return replace(engine, reference=assemble.make_reference(ready.model, recipe.model.lora is not None))
+
+
+def _kept(method: Method) -> bool:
+    """Whether a method compares with weights that have to be kept."""
+    return method.reads("reference") and method.reference != "previous"
 
 
 def known_base(recipe: Recipe, ready: Prepared, engine: Engine) -> dict[int, Known]:

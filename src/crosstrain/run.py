@@ -204,9 +204,8 @@ class _Run:
         """A stage's boundary: which weights, moments and schedule it starts with, and what it remembers."""
         first = self.progress.stage == 0
         if stage.init_from == "base" and not first:
-            fresh = assemble.load_base_weights(self.recipe, self.device)
-            weights = {n: p.detach() for n, p in fresh.named_parameters() if n in self.optimizer.masters}
-            self.optimizer.set_weights(weights | fresh_values(self.optimizer.masters))
+            fresh = assemble.base_weights(self.recipe, self.device, self.optimizer.masters)
+            self.optimizer.set_weights(fresh | fresh_values(self.optimizer.masters))
         if stage.init_from == "best":
             if not self.best:
                 raise UserError(f"stage {self.progress.stage}: init_from 'best', but no best checkpoint was kept before it")
@@ -369,7 +368,8 @@ class _Run:
         self.record |= setup
         self.record.setdefault("started_at", now())
         self.record.setdefault("warnings", [])
-        for text in (*self.loaded.warnings, *assemble.unused_settings(self.recipe, self.methods)):
+        short = assemble.short_iterations(self.recipe, self.methods, self.loaded)
+        for text in (*self.loaded.warnings, *assemble.unused_settings(self.recipe, self.methods), *short):
             self._warn(text)
         if reason := getattr(engine.sampler, "path_reason", ""):
             self._warn(f"sampling runs whole sequences again for every token, which is slow: {reason}")

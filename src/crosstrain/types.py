@@ -53,7 +53,8 @@ class Trajectory:
         everywhere.
     policy_version: the optimizer step of the sampling weights; -1 when not ours.
     finished: False for a completion cut at the token limit. greedy: the most likely token was taken everywhere (ReMax's baseline).
-    contexts: other prompts for the same response, by their template (self-distillation reads a second one).
+    sampled_from: the example's context that it was sampled from, in place of the prompt that stands before it; "" is that prompt.
+    contexts: other prompts for the same response, by name (self-distillation reads a second one).
 
     >>> t = Trajectory(tokens=(5, 6, 7), source=(Source.PROMPT, Source.EXPERT, Source.EXPERT))
     >>> t.response_start, t.response
@@ -68,6 +69,7 @@ class Trajectory:
     policy_version: int = -1
     finished: bool = True
     greedy: bool = False
+    sampled_from: str = ""
     contexts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -103,8 +105,8 @@ class Example:
     expert: trajectories the row brings: a demonstration (one), a preference pair (chosen with reward 1, then rejected with
         reward 0), a labelled completion (reward 1 or 0), or none.
     columns: every other column; reward functions receive them as keywords.
-    contexts: other prompts for the same responses, rendered and tokenized, by their template (see `Comparison`).
     where: `file:row`, for messages.
+    contexts: the prompt written otherwise, by name, tokenized like it: what a method's `contexts` make of the row (STaR's hint).
     """
 
     id: str
@@ -112,8 +114,8 @@ class Example:
     prompt_tokens: tuple[int, ...]
     expert: tuple[Trajectory, ...] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
-    contexts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     where: str = ""
+    contexts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -148,12 +150,15 @@ class Request:
     prefix: expert tokens placed between the prompt and the completion, tagged EXPERT in the trajectory (TRAPO, BREAD, UFT).
     greedy: take the most likely token instead of sampling (ReMax's baseline).
     by: who writes: the policy in training, or the recipe's teacher, whose words are tagged EXPERT.
+    context: sample from the example's context of that name in place of its prompt (STaR's hint). The completion is kept behind the
+    prompt itself, and its `behaviour_logp` is unknown: nobody computed it under that prompt.
     """
 
     n: int
     prefix: tuple[int, ...] = ()
     greedy: bool = False
     by: Literal["policy", "teacher"] = "policy"
+    context: str = ""
 
 
 def _everything_starts_with_its_expert_trajectories(example: Example, state: State) -> tuple[Trajectory, ...]:
@@ -179,6 +184,8 @@ class Plan:
     samples: whether `next` ever asks for anything (a plan that does needs a sampler).
     scored: whether completions need a reward. Where they do not (a teacher gives the credit), a recipe may still have one: it is
         recorded, and nothing depends on it.
+    grade: sets the rewards of a round's trajectories in place of the recipe's reward functions, of which none is needed then (SPIN,
+        where the demonstration is the better answer whatever was sampled).
     needs_expert: what the row must bring: "demonstration", "pair", "label" or nothing. expert_streams: the streams whose rows must
         bring it; None for all.
     max_draws: how often a step may draw further examples to replace groups that `select` dropped (DAPO's dynamic sampling).
@@ -190,10 +197,16 @@ class Plan:
     next: Callable[[Group, State], Sequence[Request]] = _ask_nothing
     samples: bool = False
     scored: bool = True
+    grade: Callable[[list[Group]], list[Group]] | None = None
     needs_expert: Literal["demonstration", "pair", "label"] | None = None
     expert_streams: frozenset[str] | None = None
     max_draws: int = 1
     origins: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def asks_for_rewards(self) -> bool:
+        """Whether the recipe has to bring reward functions."""
+        return self.samples and self.scored and self.grade is None
 
     def origin(self, stream: str) -> str:
         """The recipe's stream that a stream of the plan is drawn from."""
@@ -218,7 +231,7 @@ class Batch:
     example_ids: B names for messages.
     prompt_length: [B] int64, tokens that all rows of a group share at their start (what may be computed once).
     length: [B] int64, tokens of each row without padding.
-    contexts: by template, the other prompt of each row (see `Comparison`).
+    contexts: by name, another prompt of each row (see `Comparison`).
     step: optimizer steps taken before this one, for schedules. seed: the run's, for random numbers inside a method.
     """
 
@@ -250,13 +263,14 @@ class Batch:
     def pairs(self) -> tuple[Tensor, Tensor]:
         """Rows of the better and of the worse answer of each preference pair, [P] and [P].
 
-        A pair is a group of exactly two rows of known, unequal reward; pairs are found by group and reward, never by position.
+        A pair is a group of exactly two rows of known, unequal reward, both with trained tokens (a masked truncated answer
+        cannot be compared); pairs are found by group and reward, never by position.
         """
         better: list[int] = []
         worse: list[int] = []
         for g in torch.unique(self.group).tolist():
             rows = torch.nonzero(self.group == g).flatten().tolist()
-            if len(rows) != 2:
+            if len(rows) != 2 or not bool(self.trained[rows].any(dim=1).all()):
                 continue
             first, second = (float(self.reward[r]) for r in rows)
             if math.isnan(first) or math.isnan(second) or first == second:
@@ -342,9 +356,7 @@ class Comparison:
 
     divergence: what is computed of the two.
     of: whose weights the other distribution comes from; it never has a gradient, nor dropout.
-    context: the template of another prompt that these weights read before the same response; "" is the policy's own prompt.
-        `{prompt}` in it stands for the last user message (or the plain-text prompt), `{privileged_context}` for the row's
-        demonstration; what a row becomes is rendered with the chat template when data are loaded.
+    context: which of the method's `contexts` these weights read before the same response; "" is the policy's own prompt.
     temperature: what both logits are divided by; None is what the policy's log-probs are taken at (of methods that sample, the
         temperature of sampling).
     """
@@ -465,7 +477,15 @@ class Method:
         alone, or on the whole step (REINFORCE++ divides by a standard deviation over all of it).
     updates: inner updates per collected batch.
     init, update: explicit state and how a step's logged metrics change it.
-    reference: which weights `ref_logp` comes from: those the run or the stage started with.
+    reference: which weights `ref_logp` comes from: those the run or the stage started with, or those that the step did ("previous":
+        SPIN's opponent, where a step is an iteration).
+    start_from: which weights a step's inner updates start from: the current ones, or the recipe's own model ("base": ReST-EM,
+        STaR), with fresh moments and a learning-rate schedule over the step's own updates. Completions are sampled from the
+        current ones.
+    contexts: texts in place of the prompt (of a chat's last user message), by name, with `{prompt}`, `{completion}` and the row's
+        columns in braces, rendered with the chat template when data are loaded; see `Request.context`, `Comparison.context`.
+    temperature: what the policy's logits are divided by in training; None is the sampling temperature where the method samples,
+        else 1.
     columns: builders of further no-gradient columns by name, `(look, batch) -> [B, T] or [B]` (KTO's mismatched pairs).
     channels: full-vocabulary functionals of its own by name, computed inside the head, chunk by chunk, with gradient (GEM).
     comparisons: such functionals of its distribution and another one's by name (GKD's teacher, SDFT's second prompt).
@@ -484,7 +504,10 @@ class Method:
     updates: Updates = field(default_factory=Updates)
     init: Callable[[], State] = _no_state
     update: Callable[[State, Mapping[str, float]], State] = _same_state
-    reference: Literal["base", "stage_start"] = "base"
+    reference: Literal["base", "stage_start", "previous"] = "base"
+    start_from: Literal["current", "base"] = "current"
+    contexts: Mapping[str, str] = field(default_factory=dict)
+    temperature: float | None = None
     columns: Mapping[str, Callable[[Look, Batch], Tensor]] = field(default_factory=dict)
     channels: Mapping[str, Channel] = field(default_factory=dict)
     comparisons: Mapping[str, Comparison] = field(default_factory=dict)
@@ -505,8 +528,3 @@ class Method:
         """Whether it needs a model with these weights beside the policy: for a column, or to compare distributions with."""
         column = {"reference": "ref_logp", "teacher": "teacher_logp"}.get(weights)
         return column in self.needs or any(c.of == weights for c in self.comparisons.values())
-
-    @property
-    def contexts(self) -> frozenset[str]:
-        """The templates of the other prompts that it has read."""
-        return frozenset(c.context for c in self.comparisons.values() if c.context)

@@ -1,80 +1,92 @@
-"""The other prompt that a teacher reads: the row's own, with its demonstration in the last user message."""
+"""A prompt written otherwise for a method's own use: what goes into the braces, how it is rendered, and what is wrong with it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from crosstrain.data.chat import encode
+from crosstrain import assemble
+from crosstrain.config import Recipe, parse
+from crosstrain.data import encode
 from crosstrain.data.rows import parse_row
 from crosstrain.errors import UserError
+from crosstrain.methods import load_method
 from crosstrain.testing import tiny_tokenizer
 
-TEMPLATE = "{prompt}\n\nSomebody said: {privileged_context}"
-SYSTEM = {"role": "system", "content": "be brief"}
-ASKED = {"role": "user", "content": "2+2?"}
-TOLD = {"role": "assistant", "content": "4"}
+HINT = {"hint": "{prompt} ({answer})"}
 
 
-def shown(record: dict[str, Any], template: str = TEMPLATE, **settings: Any) -> str | None:
-    """The rendered other prompt of a row; None where it has none."""
+def rendered(record: dict[str, Any], contexts: dict[str, str], **limits: Any) -> tuple[str, str]:
+    """The prompt and the context, as text."""
     tokenizer = tiny_tokenizer()
-    example = encode(parse_row(record, "rows.jsonl:1"), tokenizer, id="train:0", contexts=[template], **settings)
-    assert all(t.contexts == example.contexts for t in example.expert)
-    tokens = example.contexts.get(template)
-    return None if tokens is None else tokenizer.decode(tokens)
+    example = encode(parse_row(record, "rows.jsonl:1"), tokenizer, id="train:0", contexts=contexts, **limits)
+    assert example.contexts.keys() == contexts.keys()
+    return tokenizer.decode(example.prompt_tokens), tokenizer.decode(example.contexts["hint"])
 
 
-def chat(*messages: dict[str, str]) -> str:
-    """As the tokenizer's template renders messages before an answer."""
-    said = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages)
-    return said + "<|im_start|>assistant\n"
+def test_a_plain_prompt_stays_plain() -> None:
+    assert rendered({"prompt": "2+2=", "answer": 4}, HINT) == ("2+2=", "2+2= (4)")
+    assert rendered({"prompt": "2+2=", "completion": "four"}, {"hint": "{completion} <- {prompt}"})[1] == "four <- 2+2="
+    assert rendered({"prompt": "{answer}", "answer": "4"}, HINT)[1] == "{answer} (4)", "what is put in is not filled in again"
 
 
-WITH_BOTH = {"role": "user", "content": "2+2?\n\nSomebody said: 4"}
+def test_of_a_chat_the_last_user_message_is_written_otherwise() -> None:
+    turns = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "yes?"},
+        {"role": "user", "content": "2+2"},
+    ]
+    plain, hinted = rendered({"prompt": turns, "answer": "4"}, HINT)
+    assert hinted == plain.replace("user\n2+2<", "user\n2+2 (4)<") != plain
+    assert hinted.endswith("<|im_start|>assistant\n")
+    messages = [*turns, {"role": "assistant", "content": "four"}]
+    assert (
+        rendered({"messages": messages[3:], "answer": "4"}, HINT)[1]
+        == "<|im_start|>user\n2+2 (4)<|im_end|>\n<|im_start|>assistant\n"
+    )
+    answered = {"prompt": turns[3:], "completion": [{"role": "assistant", "content": "four"}]}
+    assert "2+2, four<" in rendered(answered, {"hint": "{prompt}, {completion}"})[1]
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
-        {"prompt": [SYSTEM, ASKED], "completion": [TOLD]},
-        {"messages": [SYSTEM, ASKED, TOLD]},
-        {"messages": [SYSTEM, ASKED, TOLD, {"role": "user", "content": "sure?"}, {"role": "assistant", "content": "yes"}]},
-    ],
-    ids=["prompt and completion", "messages", "of a longer conversation the first answer"],
-)
-def test_a_chat_is_rendered_with_the_models_template(record: dict[str, Any]) -> None:
-    assert shown(record) == chat(SYSTEM, WITH_BOTH)
-
-
-def test_a_system_prompt_and_earlier_turns_stay() -> None:
-    earlier = ({"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"})
-    record = {"prompt": [*earlier, ASKED], "completion": [TOLD]}
-    assert shown(record, system_prompt="be brief") == chat(SYSTEM, *earlier, WITH_BOTH)
-
-
-def test_plain_text_stays_plain_text() -> None:
-    assert shown({"prompt": "2+2=", "completion": "4"}) == "2+2=\n\nSomebody said: 4"
-
-
-def test_braces_are_text_wherever_they_are() -> None:
-    """Also where a prompt contains what stands for the demonstration."""
-    record = {"prompt": "{privileged_context} {x} {", "completion": "{prompt} {0}"}
-    assert shown(record, "{{a} {prompt} / {privileged_context} {b}") == "{{a} {privileged_context} {x} { / {prompt} {0} {b}"
-
-
-@pytest.mark.parametrize("record", [{"prompt": "2+2="}, {"prompt": "2+2=", "chosen": "4", "rejected": "5"}])
-def test_a_row_without_a_demonstration_has_no_other_prompt(record: dict[str, Any]) -> None:
-    assert shown(record) is None
-
-
-def test_a_prompt_that_is_too_long_with_its_demonstration_or_ends_in_no_user_message_is_refused() -> None:
-    record = {"prompt": "2+2=", "completion": "4"}
-    assert shown(record, max_length=22) is not None
+def test_what_cannot_be_written_is_an_error_with_its_row() -> None:
+    with pytest.raises(UserError, match=r"rows.jsonl:1: 'hint' wants \{answer\}, and the row has no such column; .*'answers'"):
+        rendered({"prompt": "2+2=", "answers": "4"}, HINT)
     with pytest.raises(
-        UserError, match=r"rows.jsonl:1: the prompt with the demonstration in it has 22 tokens, .* max_length 21"
+        UserError, match=r"rows\.jsonl:1: 'hint' writes the last user message otherwise, and the prompt has none"
     ):
-        shown(record, max_length=21)
-    with pytest.raises(UserError, match="shown in the last user message, and this prompt ends with a message of 'system'"):
-        shown({"prompt": [SYSTEM], "completion": [TOLD]})
+        rendered({"prompt": [{"role": "system", "content": "speak"}], "answer": "4"}, HINT)
+    with pytest.raises(UserError, match="the prompt as 'hint' writes it has 8 tokens, more than max_length 7"):
+        rendered({"prompt": "2+2=", "answer": "4"}, HINT, max_prompt_length=6, max_length=7)
+
+
+def test_of_a_longer_conversation_the_first_answer_is_shown() -> None:
+    turns = [
+        {"role": "user", "content": "2+2?"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "sure?"},
+        {"role": "assistant", "content": "yes"},
+    ]
+    shown = rendered({"messages": turns}, {"hint": "{prompt} Somebody said: {completion}"})[1]
+    assert shown == "<|im_start|>user\n2+2? Somebody said: 4<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_every_trajectory_of_a_row_knows_its_contexts() -> None:
+    row = parse_row({"prompt": "2+2=", "chosen": "4", "rejected": "5", "answer": "4"}, "rows.jsonl:1")
+    example = encode(row, tiny_tokenizer(), id="train:0", contexts=HINT)
+    assert [t.contexts for t in example.expert] == [example.contexts] * 2
+
+
+def test_only_the_streams_that_a_method_draws_from_are_written_and_stages_agree() -> None:
+    rows = [{"prompt": "2+2=", "answer": "4"}]
+    stage = {"method": "star", "max_steps": 1, "learning_rate": 1e-5}
+    recipe = parse(Recipe, {"data": {"train": rows, "other": [{"prompt": "3+3="}]}, "stages": [stage]})
+    star, sft = load_method("star", hint=HINT["hint"]), load_method("sft")
+    loaded = assemble.load_streams(recipe, tiny_tokenizer(), [sft, star])
+    assert [list(loaded.streams[name].examples[0].contexts) for name in ("train", "other")] == [["hint"], []]
+    assert assemble.load_streams(recipe, tiny_tokenizer(), [star, star]).streams.keys() == {"train", "other"}
+    other = replace(star, contexts={"hint": "{prompt}: {answer}"})
+    with pytest.raises(UserError, match=r"stages want 'hint' of 'train' both as .* and as .*; give them the same"):
+        assemble.load_streams(recipe, tiny_tokenizer(), [star, other])

@@ -120,6 +120,7 @@ def learn(method: Method, model: Any, bandit: Bandit, *, steps: int, seed: int =
         seed=seed,
         reference=lambda: nullcontext(frozen),
         value_head=head,
+        base=lambda: dict(frozen.named_parameters()),
     )
     settings = StageSettings(batch_size=len(bandit.right), learning_rate=5e-3, max_steps=steps)
     progress = Progress(state=method.init())

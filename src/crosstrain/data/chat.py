@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from crosstrain.data.rows import Row, Text
-from crosstrain.errors import UserError
+from crosstrain.errors import UserError, nearest
 from crosstrain.types import Example, Source, Trajectory
 
 Messages = Sequence[Mapping[str, Any]]
@@ -29,15 +29,16 @@ def encode(
     max_prompt_length: int | None = None,
     max_length: int | None = None,
     system_prompt: str | None = None,
-    contexts: Collection[str] = (),
+    contexts: Mapping[str, str] | None = None,
 ) -> Example:
     """The row, tokenized: its prompt and the trajectories it brings.
 
     A chat row is rendered with the model's own template. A plain-text prompt stays plain text (as in TRL), and a plain-text answer
     gets the end token. Trained are the assistant's words and the token that ends its turn; what a template adds around them is not.
-    An answer that does not fit into max_length is cut and its trajectory marked unfinished. contexts: templates of other prompts,
-    for a row with a demonstration (see `types.Comparison`). Raises UserError with file:row when the prompt is longer than
-    max_prompt_length, or another prompt than max_length, when nothing is left to train on, or when the template cannot be split.
+    An answer that does not fit into max_length is cut and its trajectory marked unfinished. contexts: by name, texts in place
+    of the prompt (of a chat's last user message), with `{prompt}`, `{completion}` and columns in braces. Raises UserError with
+    file:row when the prompt is longer than max_prompt_length or a context than max_length, when nothing is left to train on, when
+    the template cannot be split, or when the row lacks what a context names.
     """
     if system_prompt is not None:
         row = _with_system(row, system_prompt)
@@ -55,23 +56,11 @@ def encode(
         prompt_tokens = _ids(tokenizer, prompt_text, chat=chat)
         given = [(row.completion, None if row.label is None else float(row.label)), (row.chosen, 1.0), (row.rejected, 0.0)]
         answers = [(_answer_pieces(prompt, text, tokenizer, row), reward) for text, reward in given if text is not None]
-    if max_prompt_length is not None and len(prompt_tokens) > max_prompt_length:
-        raise UserError(
-            f"{row.where}: the prompt has {len(prompt_tokens)} tokens, more than max_prompt_length {max_prompt_length}; "
-            "shorten it, or raise the limit"
-        )
     chat = not isinstance(prompt, str)
-    shown = (
-        {} if row.kind not in ("messages", "prompt_completion") else {t: _context(t, prompt, row, tokenizer) for t in contexts}
-    )
-    long = next((ids for ids in shown.values() if max_length is not None and len(ids) > max_length), None)
-    if long is not None:
-        raise UserError(
-            f"{row.where}: the prompt with the demonstration in it has {len(long)} tokens, more than max_length {max_length}; "
-            "shorten the demonstration, or raise the limit"
-        )
+    written = {name: _context(name, text, prompt, tokenizer, row) for name, text in (contexts or {}).items()}
+    _check_lengths(row, prompt_tokens, written, max_prompt_length, max_length)
     expert = tuple(
-        replace(_trajectory(tokenizer, pieces, reward, max_length, row, chat=chat), contexts=shown)
+        replace(_trajectory(tokenizer, pieces, reward, max_length, row, chat=chat), contexts=written)
         for pieces, reward in answers
     )
     return Example(
@@ -80,9 +69,62 @@ def encode(
         prompt_tokens=tuple(prompt_tokens),
         expert=expert,
         columns=dict(row.columns),
-        contexts=shown,
         where=row.where,
+        contexts=written,
     )
+
+
+def _context(name: str, text: str, prompt: Text, tokenizer: Any, row: Row) -> tuple[int, ...]:
+    """The tokens of the prompt as `text` writes it."""
+    if isinstance(prompt, str):
+        return tuple(_ids(tokenizer, _filled(name, text, prompt, row), chat=False))
+    asked = max((i for i, m in enumerate(prompt) if m["role"] == "user"), default=None)
+    if asked is None:
+        raise UserError(f"{row.where}: {name!r} writes the last user message otherwise, and the prompt has none")
+    said = _filled(name, text, str(prompt[asked]["content"]), row)
+    messages = [*prompt[:asked], {**prompt[asked], "content": said}, *prompt[asked + 1 :]]
+    return tuple(_ids(tokenizer, _render(tokenizer, messages, row, generate=True), chat=True))
+
+
+def _filled(name: str, text: str, prompt: str, row: Row) -> str:
+    """`text` with the prompt, the row's columns and its completion in place of their names in braces."""
+    known = {**row.columns, "prompt": prompt}
+    if row.kind in ("prompt_completion", "unpaired", "messages"):
+        known["completion"] = _words(row)
+
+    def value(found: re.Match[str]) -> str:
+        if found[1] not in known:
+            raise UserError(
+                f"{row.where}: {name!r} wants {{{found[1]}}}, and the row has no such column; {nearest(found[1], known)}"
+            )
+        return str(known[found[1]])
+
+    return re.sub(r"\{(\w+)\}", value, text)
+
+
+def _words(row: Row) -> str:
+    """What the row's answer says; of a longer conversation the first answer."""
+    if isinstance(row.completion, str):
+        return row.completion
+    told = row.completion or [m for m in row.messages if m["role"] == "assistant"][:1]
+    return "\n".join(str(m.get("content") or "") for m in told if m["role"] == "assistant")
+
+
+def _check_lengths(
+    row: Row,
+    prompt: Sequence[int],
+    contexts: Mapping[str, Sequence[int]],
+    max_prompt_length: int | None,
+    max_length: int | None,
+) -> None:
+    """UserError for a prompt longer than max_prompt_length, and for a context longer than max_length."""
+    limited = [("prompt", prompt, "max_prompt_length", max_prompt_length)]
+    limited += [(f"prompt as {name!r} writes it", tokens, "max_length", max_length) for name, tokens in contexts.items()]
+    for what, tokens, key, limit in limited:
+        if limit is not None and len(tokens) > limit:
+            raise UserError(
+                f"{row.where}: the {what} has {len(tokens)} tokens, more than {key} {limit}; shorten it, or raise the limit"
+            )
 
 
 def template_hash(tokenizer: Any) -> str:
@@ -118,27 +160,6 @@ def _answer_pieces(prompt: Text, answer: Text, tokenizer: Any, row: Row) -> list
     if not any(m["role"] == "assistant" for m in answer):
         raise UserError(f"{row.where}: the answer has no assistant message, so no token would be supervised")
     return chat_pieces([*prompt, *answer], len(prompt), tokenizer, row)
-
-
-def _context(template: str, prompt: Text, row: Row, tokenizer: Any) -> tuple[int, ...]:
-    """The prompt's tokens with its last user message written anew: `template` with that message and the row's demonstration."""
-    told = row.completion if row.kind == "prompt_completion" else row.messages[len(prompt) : len(prompt) + 1]
-    if isinstance(prompt, str):
-        assert isinstance(told, str)
-        return tuple(_ids(tokenizer, _filled(template, prompt, told), chat=False))
-    assert told is not None and not isinstance(told, str)
-    if not prompt or prompt[-1]["role"] != "user":
-        ends = f"with a message of {prompt[-1]['role']!r}" if prompt else "before there is any message"
-        raise UserError(f"{row.where}: a demonstration is shown in the last user message, and this prompt ends {ends}")
-    words = "\n".join(str(m.get("content") or "") for m in told if m["role"] == "assistant")
-    asked = {**prompt[-1], "content": _filled(template, str(prompt[-1]["content"]), words)}
-    return tuple(_ids(tokenizer, _render(tokenizer, [*prompt[:-1], asked], row, generate=True), chat=True))
-
-
-def _filled(template: str, prompt: str, privileged_context: str) -> str:
-    """The template with both in their places; braces in them, or elsewhere in it, are plain text."""
-    parts = {"{prompt}": prompt, "{privileged_context}": privileged_context}
-    return re.sub(r"\{prompt\}|\{privileged_context\}", lambda found: parts[found.group()], template)
 
 
 def _split_turn(text: str, message: Mapping[str, Any], tokenizer: Any, row: Row) -> tuple[str, str, str]:

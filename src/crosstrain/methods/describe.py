@@ -72,8 +72,9 @@ def needs_of(method: Method) -> list[str]:
     """What a run has to bring for a method, beside a model and prompts."""
     plural = {"demonstration": "demonstrations", "pair": "preferences", "label": "labels"}
     needs = [plural[method.plan.needs_expert]] if method.plan.needs_expert else []
-    needs += ["verifier"] if method.plan.samples and method.plan.scored else []
-    read = method.needs | {column for column, of in COMPARED.items() if any(c.of == of for c in method.comparisons.values())}
+    needs += ["verifier"] if method.plan.asks_for_rewards else []
+    read = method.needs - ({"ref_logp"} if method.reference == "previous" else set())  # which is the policy, a step ago
+    read |= {column for column, of in COMPARED.items() if any(c.of == of for c in method.comparisons.values())}
     return needs + [what for column, what in WHAT_IS_NEEDED.items() if column in read]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import takewhile
 
 from crosstrain.types import Example, Group, Plan, Request, Source, State, Trajectory
@@ -80,6 +81,30 @@ def keyed_uniforms(n: int, *key: object) -> list[float]:
     """
     digests = (hashlib.sha256(repr((key, i)).encode()).digest() for i in range(n))
     return [int.from_bytes(digest[:6], "big") / 2**48 for digest in digests]
+
+
+def right_answers(
+    threshold: float = 0.0, *, distinct: bool = False, most: int | None = None
+) -> Callable[[Group, State], Group | None]:
+    """Of a group, the own answers whose reward is above `threshold` and whatever an expert wrote; None where neither is left.
+
+    distinct: of answers with the same tokens, the first. most: no more than that many, the first; which are as random as any.
+    """
+    if most is not None and most < 1:
+        raise ValueError(f"max_per_prompt: got {most}; it must be at least 1, or None for all")
+
+    def select(group: Group, state: State) -> Group | None:
+        right = [t for t in group.by(Source.POLICY) if t.reward is not None and t.reward > threshold]
+        if distinct:
+            first: dict[tuple[int, ...], Trajectory] = {}
+            for t in right:
+                first.setdefault(t.response, t)
+            right = list(first.values())
+        shown = tuple(t for t in group.by(Source.EXPERT) if not t.wrote(Source.POLICY))
+        kept = shown + tuple(right[:most])
+        return replace(group, trajectories=kept) if kept else None
+
+    return select
 
 
 def drop_equal_rewards(group: Group, state: State) -> Group | None:

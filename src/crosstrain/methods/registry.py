@@ -110,7 +110,8 @@ def load_method(name: str, **settings: Any) -> Method:
         if key not in allowed:
             raise UserError(f"method {name}: unknown setting {key!r}; {nearest(key, allowed)}")
     for key, value in settings.items():
-        _check_kind(name, key, value, allowed[key].default)
+        if value is not None or "None" not in str(allowed[key].annotation):
+            _check_kind(name, key, value, allowed[key].default)
     required = [key for key, p in allowed.items() if p.default is p.empty and key not in settings]
     if required:
         raise UserError(f"method {name}: the setting {required[0]!r} has no default; give it a value")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from crosstrain.methods.plans import drop_equal_rewards, rollouts
+from crosstrain.methods.plans import drop_equal_rewards, right_answers, rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import leave_one_out, ones, positive_reward, raw_reward
 from crosstrain.objective.terms import by, clipped, nll, reinforce_loss, surrogate, token_sum
-from crosstrain.types import Group, Method, Per, Source, State, Updates
+from crosstrain.types import Method, Per, Source, Updates
 
 
 @method(paper="doi:10.1007/BF00992696", family="reinforcement learning", checked="paper", year=1992)
@@ -45,12 +45,8 @@ def raft(num_generations: int = 4, threshold: float = 0.0) -> Method:
     A group with nothing kept is dropped. RAFT is arXiv:2304.06767; this per-step form is that of arXiv:2504.11343.
     """
 
-    def keep_right(group: Group, state: State) -> Group | None:
-        right = tuple(t for t in group.by(Source.POLICY) if t.reward is not None and t.reward > threshold)
-        return Group(group.example, right, group.stream) if right else None
-
     term = nll("kept", on=by(Source.POLICY), per=Per(("own_tokens",)))
-    return Method(terms=(term,), plan=rollouts(num_generations), select=keep_right, advantage=ones)
+    return Method(terms=(term,), plan=rollouts(num_generations), select=right_answers(threshold), advantage=ones)
 
 
 @method(paper="arXiv:2504.11343", family="rejection sampling")

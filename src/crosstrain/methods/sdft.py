@@ -33,6 +33,10 @@ from crosstrain.types import (
 Mode = Literal["full_logits", "topk_logits", "sampled_token"]
 
 
+SHOWN = "demonstration"
+"""The context that the teacher reads."""
+
+
 @method(
     paper="arXiv:2601.19897",
     family="distillation",
@@ -97,7 +101,8 @@ def sdft(
     return Method(
         terms=(term,),
         plan=Plan(start=lambda example, state: (), next=following, samples=True, scored=False, needs_expert="demonstration"),
-        comparisons={"distil": Comparison(divergence, of=of, context=teacher_prompt_template)},
+        contexts={SHOWN: teacher_prompt_template.replace("{privileged_context}", "{completion}")},
+        comparisons={"distil": Comparison(divergence, of=of, context=SHOWN)},
         updates=Updates(num_iterations, minibatches),
         reference="stage_start",
     )

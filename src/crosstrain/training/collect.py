@@ -147,7 +147,8 @@ def rounds(
         asked = [(i, request) for i, g in enumerate(groups) for request in method.plan.next(g, state)]
         if not asked:
             break
-        if method.plan.scored and (sampler is None or rewards is None):
+        grade = method.plan.grade or rewards
+        if method.plan.scored and grade is None:
             raise UserError(f"method {method.name} samples completions: the recipe needs a reward (a task, or `rewards`)")
         prompts = [_prompt(groups[i], request, round_index) for i, request in asked]
         writers = {"policy": sampler, "teacher": teacher}
@@ -167,7 +168,7 @@ def rounds(
         unscored = {i: (groups[i].trajectories if round_index == 0 else ()) + t for i, t in new.items()}
         graded = time.perf_counter()
         new_groups = [replace(groups[i], trajectories=t) for i, t in unscored.items()]
-        scored = new_groups if rewards is None else rewards(new_groups)
+        scored = new_groups if grade is None else grade(new_groups)
         usage += Usage(sampling_seconds=sampled - started, reward_seconds=time.perf_counter() - graded)
         for i, g in zip(unscored, scored, strict=True):
             before = () if round_index == 0 else groups[i].trajectories
@@ -214,11 +215,15 @@ def shares(wanted: Mapping[str, float], n: int) -> dict[str, int]:
 
 
 def _prompt(group: Group, request: Request, round_index: int) -> Prompt:
-    tokens = group.example.prompt_tokens + request.prefix
+    example = group.example
+    if request.context and request.context not in example.contexts:
+        raise UserError(f"{example.where or example.id}: there is no context {request.context!r} to sample from")
+    prompt = example.contexts[request.context] if request.context else example.prompt_tokens
     # what makes random numbers: the example, the round and the request itself, never its neighbours
-    key = f"{group.example.id}#{round_index}#{len(request.prefix)}#{int(request.greedy)}"
+    key = f"{example.id}#{round_index}#{len(request.prefix)}#{int(request.greedy)}"
     key += "" if request.by == "policy" else f"#{request.by}"
-    return Prompt(tokens=tokens, n=request.n, key=key, greedy=request.greedy)
+    key += f"#{request.context}" if request.context else ""
+    return Prompt(tokens=prompt + request.prefix, n=request.n, key=key, greedy=request.greedy)
 
 
 def _trajectory(example: Example, request: Request, completion: Completion, step: int) -> Trajectory:
@@ -232,11 +237,12 @@ def _trajectory(example: Example, request: Request, completion: Completion, step
     return Trajectory(
         tokens=example.prompt_tokens + request.prefix + tuple(completion.tokens),
         source=source,
-        behaviour_logp=unknown + tuple(completion.logp),
+        behaviour_logp=() if request.context else unknown + tuple(completion.logp),
         policy_version=step,
         finished=completion.finished,
         greedy=request.greedy,
         contexts=example.contexts,
+        sampled_from=request.context,
     )
 
 

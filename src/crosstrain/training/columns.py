@@ -29,6 +29,8 @@ def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tup
     tokens = batch.tokens
 
     def look(other: Batch, *, of: Weights = "current") -> Scores:
+        if of == "reference" and method.reference == "previous":
+            of = "current"  # the policy as it is now, before the step's updates
         if other.tokens is tokens and of in seen:
             return seen[of]
         passes.append((distinct_tokens(other), parameters_of(engine, of)))

@@ -36,6 +36,7 @@ class Engine:
 
     known_reference: the reference's log-probs of all data, in place of the reference itself; a budget is charged for its passes all
     the same. value_head: read by methods that need `value`; the model's hidden states are the policy's and the critic's alike.
+    base: gives the recipe's own weights, by parameter name, for methods whose steps start from them.
     """
 
     model: Any
@@ -53,10 +54,13 @@ class Engine:
     known_reference: Known | None = None
     value_head: nn.Linear | None = None
     teacher: Teacher | None = None
+    base: Callable[[], Mapping[str, torch.Tensor]] | None = None
 
 
 def temperature_of(engine: Engine, method: Method) -> float:
-    """Methods that sample train the distribution they sample from; imitation is at temperature 1."""
+    """Methods that sample train the distribution they sample from, unless they say otherwise; imitation is at temperature 1."""
+    if method.temperature is not None:
+        return method.temperature
     return (engine.sampling.temperature or 1.0) if method.plan.samples else 1.0
 
 

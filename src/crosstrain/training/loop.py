@@ -122,19 +122,19 @@ def train_stage(
             drawn = clock(engine.device)
             batch, cost = make_batch(engine, method, collected, progress.optimizer_steps, cost)
             times["batch"] = clock(engine.device) - drawn
+            if method.start_from == "base" and any(denominators(method, batch, collected).values()):
+                start_from_base(engine, method, optimizer)
             for minibatch in minibatches(batch, method, engine.seed, progress.step):
-                factor = learning_rate_factor(
-                    settings.lr_scheduler_type,
-                    stage_progress(settings, progress),
-                    progress.optimizer_steps,
-                    settings.warmup_steps,
-                )
+                share, taken = stage_progress(settings, progress), progress.optimizer_steps
+                if method.start_from == "base":  # then every step is a training of its own
+                    share, taken = len(lines) / method.updates.steps, len(lines)
+                factor = learning_rate_factor(settings.lr_scheduler_type, share, taken, settings.warmup_steps)
                 learning_rate = settings.learning_rate * factor
                 line = update(engine, method, minibatch, optimizer, settings, learning_rate, progress, collected)
                 if line is not None:
                     trained += distinct_tokens(minibatch) * passes(method)
                     others += beside_cost(engine, method, minibatch) * passes(method)
-                    moved = bool(lines) and "old_logp" not in batch.columns
+                    moved = sampled_otherwise(engine, method) or (bool(lines) and "old_logp" not in batch.columns)
                     lines.append(without_logp_difference(line) if moved else line)
                     progress.optimizer_steps += 1
         updates = Cost().forward_backward(trained, engine.parameters) + others
@@ -185,8 +185,22 @@ def make_batch(engine: Engine, method: Method, collected: Collected, optimizer_s
 
 def used_demonstrations(method: Method, groups: Sequence[Group]) -> int:
     """How many demonstrations a step uses, each as often as it has epochs; one that a teacher is shown is used too."""
-    shown = int(bool(method.contexts))
+    shown = int(any("{completion}" in text for text in method.contexts.values()))
     return sum(max(distinct_demonstrations(g), shown) for g in groups) * method.updates.epochs
+
+
+def start_from_base(engine: Engine, method: Method, optimizer: Optimizer) -> None:
+    """Put the recipe's own weights in place of the current ones, with fresh moments."""
+    if engine.base is None:
+        raise UserError(f"method {method.name} starts every step from the base model, and none was set up")
+    optimizer.start_again(engine.base())
+
+
+def sampled_otherwise(engine: Engine, method: Method) -> bool:
+    """Whether completions are sampled with other weights, or at another temperature, than a step's first update has: log-probs of
+    the two are then no measure of a mismatch."""
+    other = method.plan.samples and temperature_of(engine, method) != (engine.sampling.temperature or 1.0)
+    return method.start_from == "base" or other
 
 
 def passes(method: Method) -> int:

@@ -27,8 +27,11 @@ def rollout_metrics(groups: Sequence[Group], *, scored: bool = True) -> dict[str
     reward, reward_std: mean over completions, and mean over groups of the std with n - 1. frac_reward_zero_std: share of groups
     whose rewards are all equal. rewards/missing: completions without a reward. scored: whether rewards were asked for; where not,
     what would be of them is left out.
+    reward/<context>: mean over completions that were sampled from that context in place of the prompt, which count for nothing
+    else here.
     """
-    answers = [[t for t in g.by(Source.POLICY) if not t.greedy] for g in groups]  # a baseline is no answer
+    # a baseline is no answer, and what was sampled from a hint no answer to the prompt
+    answers = [[t for t in g.by(Source.POLICY) if not t.greedy and not t.sampled_from] for g in groups]
     own = [t for group in answers for t in group]
     if not own:
         return {}
@@ -52,6 +55,9 @@ def rollout_metrics(groups: Sequence[Group], *, scored: bool = True) -> dict[str
     for name in sorted({name for t in own for name in t.rewards}):
         values = [t.rewards[name] for t in own if name in t.rewards and not math.isnan(t.rewards[name])]
         metrics[f"rewards/{name}/mean"] = _mean(values)
+    helped = [t for g in groups for t in g.trajectories if t.sampled_from]
+    for context in sorted({t.sampled_from for t in helped}):
+        metrics[f"reward/{context}"] = _mean([t.reward for t in helped if t.sampled_from == context and t.reward is not None])
     return metrics
 
 

@@ -65,6 +65,11 @@ class Optimizer:
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
         self._load_moments(kept)
 
+    def start_again(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on from other weights, with fresh moments and the same numbers."""
+        self.set_weights(weights)
+        self.adamw.state.clear()
+
     def end(self) -> None:
         """Let go of gradients and moments: nothing is trained any more."""
         self.zero_grad()
