@@ -37,6 +37,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("grpo", {"off_policy_correction": "sequence_mask", "dual_clip": 3.0, "num_iterations": 2, "num_generations": 4}),
     ("nft", {"weight": "normalised", "constant": 16.0, "num_generations": 4}),
     ("prefix_rft", {"max_completion_length": 8, "num_generations": 4}),
+    ("orpo", {"prompt_nll": True}),
     ("kto", {"desirable_weight": 1.5, "undesirable_weight": 0.5}),
     ("online_dpo", {"loss_type": "ipo", "num_generations": 4}),
     ("star", {"num_generations": 2, "max_per_prompt": 1, "start_from": "current"}),

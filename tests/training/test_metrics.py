@@ -108,7 +108,7 @@ def test_dpos_rewards_by_hand() -> None:
     batch = to_batch([group(expert(1.0, 2), expert(0.0, 1)), group(expert(0.0, 1), expert(1.0, 1), name="b")])
     batch = batch.with_columns(ref_logp=torch.tensor([[0, -2.0, -2.0], [0, -1.0, 0], [0, -1.0, 0], [0, -1.0, 0]]))
     meter = Meter()
-    meter.add_pairs(batch, torch.tensor([[0, -1.0, -1.0], [0, -3.0, 0], [0, -1.0, 0], [0, -2.0, 0]]), batch.trained, beta=0.5)
+    meter.add_pairs(batch, torch.tensor([[0, -1.0, -1.0], [0, -3.0, 0], [0, -1.0, 0], [0, -2.0, 0]]), [batch.trained], beta=0.5)
     found = meter.metrics()
     assert (found["rewards/chosen"], found["rewards/rejected"]) == ((1.0 - 0.5) / 2, -0.5)
     assert found["rewards/margins"] == 0.75 and found["rewards/accuracies"] == 0.5

@@ -20,6 +20,9 @@ Messages = Sequence[Mapping[str, Any]]
 Piece = tuple[str, Source]
 """Text and who wrote it."""
 
+ANSWERED = ("prompt_completion", "unpaired", "messages")
+"""Kinds of row that bring one answer."""
+
 
 def encode(
     row: Row,
@@ -57,7 +60,9 @@ def encode(
         given = [(row.completion, None if row.label is None else float(row.label)), (row.chosen, 1.0), (row.rejected, 0.0)]
         answers = [(_answer_pieces(prompt, text, tokenizer, row), reward) for text, reward in given if text is not None]
     chat = not isinstance(prompt, str)
-    written = {name: _context(name, text, prompt, tokenizer, row) for name, text in (contexts or {}).items()}
+    told = row.kind in ANSWERED  # a row without an answer lacks more than this prompt, and is refused for that
+    asked = {name: text for name, text in (contexts or {}).items() if told or "{completion}" not in text}
+    written = {name: _context(name, text, prompt, tokenizer, row) for name, text in asked.items()}
     _check_lengths(row, prompt_tokens, written, max_prompt_length, max_length)
     expert = tuple(
         replace(_trajectory(tokenizer, pieces, reward, max_length, row, chat=chat), contexts=written)
@@ -89,7 +94,7 @@ def _context(name: str, text: str, prompt: Text, tokenizer: Any, row: Row) -> tu
 def _filled(name: str, text: str, prompt: str, row: Row) -> str:
     """`text` with the prompt, the row's columns and its completion in place of their names in braces."""
     known = {**row.columns, "prompt": prompt}
-    if row.kind in ("prompt_completion", "unpaired", "messages"):
+    if row.kind in ANSWERED:
         known["completion"] = _words(row)
 
     def value(found: re.Match[str]) -> str:

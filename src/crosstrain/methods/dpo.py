@@ -26,6 +26,24 @@ def dpo(beta: float = 0.1, label_smoothing: float = 0.0) -> Method:
     return Method(terms=(term,), plan=preference_pairs(), reference="stage_start")
 
 
+@method(
+    paper="arXiv:2305.18290",
+    family="preference",
+    checked="port",
+    deviates="Described by DPO's first author in a note without an arXiv number; the paper given is DPO's.",
+)
+def cdpo(beta: float = 0.1, label_smoothing: float = 0.1) -> Method:
+    """Conservative DPO: DPO for labels of which a share is wrong.
+
+    `dpo` with label_smoothing e: mean over pairs of -(1 - e) log sigmoid(beta D) - e log sigmoid(-beta D), D = d_chosen -
+    d_rejected. Weight on grad log pi: +-(beta (sigmoid(-beta D) - e)) / N_pairs, 0 where sigmoid(beta D) = 1 - e, and pulling
+    back beyond.
+    """
+    if label_smoothing <= 0:
+        raise ValueError(f"label_smoothing: got {label_smoothing}; it must be positive (0 is `dpo`)")
+    return dpo(beta=beta, label_smoothing=label_smoothing)
+
+
 @method(paper="arXiv:2404.19733", family="preference", checked="port")
 def dpo_nll(beta: float = 0.1, nll_coef: float = 1.0) -> Method:
     """DPO with the chosen answer's likelihood beside it (iterative reasoning preference optimisation, RPO).
@@ -71,6 +89,16 @@ def ipo(tau: float = 0.1, average: bool = False) -> Method:
         describe=f"(d_chosen - d_rejected - {1 / (2 * tau):g})^2, d = {what} of log pi - log ref",
     )
     return Method(terms=(term,), plan=preference_pairs(), reference="stage_start")
+
+
+@method(paper="arXiv:2310.12036", family="preference", checked="port")
+def ipo_mean(tau: float = 0.1) -> Method:
+    """IPO with means over tokens in place of sums, as TRL has it.
+
+    `ipo` with average: mean over pairs of (d_chosen - d_rejected - 1 / (2 tau))^2, d = mean_t log pi(y_t) - log ref(y_t). Weight on
+    grad log pi: -+ 2 (d_chosen - d_rejected - 1 / (2 tau)) / (T N_pairs). A tau of `ipo` is of no use here.
+    """
+    return ipo(tau=tau, average=True)
 
 
 def _check(beta: float) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,7 +12,7 @@ from torch.nn import functional as F
 from crosstrain.methods.plans import preference_pairs
 from crosstrain.methods.registry import method
 from crosstrain.objective.terms import best_by, by, nll, pairwise, seq_mean, token_sum
-from crosstrain.types import Method, Per, Source
+from crosstrain.types import Batch, Example, Method, Per, Source, State, Trajectory
 
 
 @method(paper="arXiv:2405.14734", family="preference")
@@ -69,18 +72,25 @@ def cpo(beta: float = 0.1, nll_coef: float = 1.0) -> Method:
     return Method(terms=tuple(terms), plan=preference_pairs())
 
 
-@method(paper="arXiv:2403.07691", family="preference")
-def orpo(beta: float = 0.1) -> Method:
+@method(
+    paper="arXiv:2403.07691",
+    family="preference",
+    deviates="The likelihood is a mean over each chosen answer and then over pairs; the authors' code and TRL take a mean "
+    "over all tokens of a micro-batch.",
+)
+def orpo(beta: float = 0.1, prompt_nll: bool = False) -> Method:
     """ORPO: imitate the chosen answer, and raise its odds against the rejected one's, in one loss.
 
     Loss: mean over pairs of -l_chosen - beta log sigmoid(log odds(chosen) - log odds(rejected)), l the mean over an answer's tokens
     of log pi and odds = e^l / (1 - e^l). Weight on grad log pi, chosen: (1 + beta s / (1 - e^l)) / (T N_pairs); rejected:
     -beta s / ((1 - e^l) T N_pairs), with s = sigmoid(-log odds ratio).
 
-    beta: the paper's lambda (TRL's name). The likelihood is that of the answer; the authors' code has the prompt's in it too unless
-    told otherwise (`--disable_prompt_loss`), which is not offered here: prompts are not trained on.
+    beta: the paper's lambda (TRL's name). prompt_nll: the likelihood is that of the prompt and the chosen answer, with T the
+    tokens of both, as in TRL and in the authors' code unless it is told `--disable_prompt_loss`; the odds are those of the
+    answers either way.
     """
     _positive(beta=beta)
+    compared = answers if prompt_nll else by(Source.EXPERT)
 
     def loss(chosen: Tensor, rejected: Tensor) -> Tensor:
         return -F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
@@ -91,15 +101,36 @@ def orpo(beta: float = 0.1) -> Method:
             pairwise(
                 "odds",
                 loss,
-                on=by(Source.EXPERT),
+                on=compared,
                 reference=False,
                 average=True,
                 coef=beta,
                 describe="-log sigmoid(log odds(chosen) - log odds(rejected)), odds = e^l / (1 - e^l), l = mean of log pi",
             ),
         ),
-        plan=preference_pairs(),
+        plan=replace(preference_pairs(), start=with_its_prompt) if prompt_nll else preference_pairs(),
     )
+
+
+def with_its_prompt(example: Example, state: State) -> tuple[Trajectory, ...]:
+    """The row's answers, the prompt before the better one being an expert's too, but for its first token: nothing predicts it."""
+    best = max(example.expert, key=lambda t: -math.inf if t.reward is None else t.reward)
+
+    def imitated(t: Trajectory) -> Trajectory:
+        return replace(
+            t, source=(*t.source[:1], *(Source.EXPERT for _ in t.source[1 : t.response_start]), *t.source[t.response_start :])
+        )
+
+    return tuple(imitated(t) if t is best else t for t in example.expert)
+
+
+def answers(batch: Batch) -> Tensor:
+    """What an expert wrote after the prompt, which ends in each group where it does in the row that has it untrained."""
+    first = (batch.source != int(Source.PROMPT)).int().argmax(dim=1)
+    index = torch.unique(batch.group, return_inverse=True)[1]
+    start = torch.zeros_like(first).scatter_reduce(0, index, first, "amax")[index]
+    place = torch.arange(batch.source.shape[1], device=batch.source.device)
+    return batch.written_by(Source.EXPERT) & (place[None, :] >= start[:, None])
 
 
 def _log_odds(mean: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def rounds(
         if not asked:
             break
         grade = method.plan.grade or rewards
-        if method.plan.scored and grade is None:
+        if method.plan.scored and (sampler is None or grade is None):
             raise UserError(f"method {method.name} samples completions: the recipe needs a reward (a task, or `rewards`)")
         prompts = [_prompt(groups[i], request, round_index) for i, request in asked]
         writers = {"policy": sampler, "teacher": teacher}

@@ -362,8 +362,8 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
     meter.add_scores(batch, logp, scores.channels["entropy"].detach(), scores.channels["correct"], used)
     if "old_logp" in batch.columns:
         meter.add_clipped(batch, policy_weights, used)
-    if any("pairs" in t.per.counts and "value" not in t.needs for t in method.terms):
-        meter.add_pairs(batch, logp, used, float(method.settings.get("beta", 1.0)))
+    if paired := [term.on(batch) for term in method.terms if "pairs" in term.per.counts and "value" not in term.needs]:
+        meter.add_pairs(batch, logp, paired, float(method.settings.get("beta", 1.0)))
     for term in method.terms:
         if "value" in term.needs and values is not None:
             meter.add_values(batch, values.detach(), term.on(batch), pairs="pairs" in term.per.counts)

@@ -118,9 +118,15 @@ class Meter:
         self._add("live_tokens", float(live.sum()))
         self._add("clipped_tokens", float((live & (weights == 0)).sum()))
 
-    def add_pairs(self, batch: Batch, logp: Tensor, used: Tensor, beta: float) -> None:
-        """DPO's rewards: beta times how far each answer's log-prob moved from the reference, or without one the log-prob itself."""
+    def add_pairs(self, batch: Batch, logp: Tensor, paired: Sequence[Tensor], beta: float) -> None:
+        """DPO's rewards: beta times how far each answer's log-prob moved from the reference, or without one the log-prob itself.
+
+        paired: where the terms are that count pairs, of which those are left out that see one side only (a likelihood beside).
+        """
         better, worse = batch.pairs()
+        used = torch.zeros_like(batch.trained)
+        for mask in paired:
+            used = used | mask if bool(mask[worse].any()) else used
         totals = torch.where(used, logp, torch.zeros_like(logp)).sum(dim=1)
         known = batch.columns.get("ref_logp", torch.zeros_like(logp))
         reward = beta * (totals - torch.where(used, known, torch.zeros_like(logp)).sum(dim=1))
