@@ -13,11 +13,14 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Cohe
 
 import crosstrain
 from crosstrain import run
+from crosstrain.assemble import unused_settings
 from crosstrain.errors import UserError
+from crosstrain.methods import load_method
 from crosstrain.models import load_model
 from crosstrain.reward_models import _padding, check_classifier, save_reward_model
 from crosstrain.rewards import RewardPool, load_reward
 from crosstrain.rewards.model import ModelReward
+from crosstrain.run import as_recipe
 from crosstrain.testing import made_up_value_head, save_tiny_model, tiny_model, tiny_tokenizer
 from crosstrain.training import checkpoint
 from crosstrain.training.record import read_lines
@@ -337,4 +340,12 @@ def test_the_model_is_loaded_in_evaluation_and_takes_no_random_numbers(made: Pat
     before = torch.get_rng_state()
     reward(prompts=["hi"], completions=["yes"])
     assert torch.equal(before, torch.get_rng_state())
-    assert load_model(str(made))  # its body is a language model that can be loaded too, though it answers nothing
+    with pytest.raises(UserError, match="is a LlamaForSequenceClassification, which says no words"):
+        load_model(str(made))
+
+
+def test_settings_of_processes_are_of_no_use_to_a_reward_model(world: Path, made: Path) -> None:
+    found = as_recipe(recipe(world, {"method": PPO}, rewards={"functions": [str(made)], "workers": 2}))
+    assert unused_settings(found, [load_method("ppo")]) == [
+        "rewards.workers: reward models are asked in this process, under no time limit"
+    ]

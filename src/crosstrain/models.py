@@ -96,6 +96,9 @@ def load_weights(
         model = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **common, **more)
     except CANNOT_LOAD as error:
         raise _cannot_load(name, error) from error
+    kinds = [kind for kind in model.config.architectures or () if kind.endswith("ForSequenceClassification")]
+    if kinds:  # its head for words would be a random one
+        raise UserError(f"model {name!r} is a {kinds[0]}, which says no words; a reward model is named under `rewards`")
     if attn_implementation is None and torch.device(device).type == "cpu":
         from crosstrain.attention import use_short_attention
 

@@ -19,10 +19,10 @@ RETURNS = "returns"
     paper="arXiv:1707.06347",
     family="reinforcement learning",
     checked="port",
-    works="A learned value gives each token a credit of its own from one completion per prompt, where GRPO needs a group of them.",
-    fails="On long chains of thought a critic that starts untrained fails: 11 against 60 points on AIME24 without value "
-    "pre-training (VAPO, arXiv:2504.05118). With outcome rewards on language models REINFORCE with a group baseline did no worse "
-    "(arXiv:2402.14740).",
+    works="With a critic trained beforehand, another lam for it and one by length for the policy it reached 60 points on AIME24 "
+    "(VAPO, arXiv:2504.05118).",
+    fails="On long chains of thought a critic that starts untrained fails: 11 points there (arXiv:2504.05118). In RLHF "
+    "REINFORCE-style methods without a critic did better (arXiv:2402.14740).",
     deviates="The critic is a head on the policy's hidden states; TRL and verl train a second model. The score is added on the "
     "last own token (TRL: one place after the end token, where there is room). TRL's missing_eos_penalty is the recipe's "
     "`sampling.truncated: penalise`. Advantages are divided by std + 1e-8 (TRL, verl: the root of variance + 1e-8).",

@@ -18,6 +18,7 @@ from crosstrain.types import Batch, Example, Method, Per, Plan, Scores, Source, 
     paper="arXiv:2203.02155",
     family="preference",
     checked="port",
+    fails="Optimised against for long, its reward goes on rising while true quality falls (arXiv:2210.10760).",
     deviates="The paper compares all pairs of up to nine ranked answers; here, as in TRL, a row is one pair.",
 )
 def reward_model(center_rewards_coefficient: float = 0.0) -> Method:
