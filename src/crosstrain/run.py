@@ -27,6 +27,7 @@ from crosstrain.rewards.child import check_not_in_worker
 from crosstrain.run_evaluation import asks_nothing, evaluate_base, evaluate_trained
 from crosstrain.run_folder import RunResult, folder_of, now, open_folder, result_of
 from crosstrain.training import checkpoint
+from crosstrain.training.average import Average
 from crosstrain.training.checkpoint import Checkpoint, write_folder, write_json
 from crosstrain.training.cost import Cost
 from crosstrain.training.display import Display
@@ -99,6 +100,7 @@ class _Run:
         self.loaded, self.precision, self.optimizer = ready.loaded, ready.precision, ready.optimizer
         self.peak_memory_gb = 0.0
         self.known: dict[int, Known] = {}
+        self.average: Average | None = None
         self.progress = Progress()
         self.plateau = Plateau()
         self.best: dict[str, Any] = {}
@@ -174,6 +176,7 @@ class _Run:
         self.record["stages"].append({"method": method.name, "steps": self.progress.stage_step, "ended_by": why})
         self.progress.stage += 1
         self.started = False
+        self.average = None
         self._save()
 
     def _look_at_rewards(self, line: Mapping[str, Any]) -> None:
@@ -206,13 +209,19 @@ class _Run:
         self.progress.stage_step = self.progress.idle = 0
         self.progress.stage_cost = self.progress.cost
         self.progress.state = method.init()
+        self.average = None if method.average is None else Average(self.model, self.optimizer.weights())
         self.plateau = Plateau()
         self.started = True
         if method.reads("reference") and method.reference == "stage_start" and not first:
             write_folder(self.folder / "reference", lambda d: save_file(self._weights(), d / "weights.safetensors"))
 
     def _with_reference(self, engine: Engine, stage: Stage, method: Method) -> Engine:
-        """The engine with what the stage compares with: a model, or its log-probs of all data."""
+        """The engine with what the stage compares with: a model, its log-probs of all data, or an average of past weights."""
+        if self.average is not None and method.average is not None:
+            average, rate = self.average, method.average
+            engine = replace(
+                engine, average=average.opened, after_update=lambda: average.follow(self.optimizer.weights(), rate)
+            )
         if method.reads("reference") and method.reference == "stage_start" and self.progress.stage > 0:
             engine = replace(engine, reference=self._stage_start_reference())
         if not stage.precompute_ref_log_probs:
@@ -299,7 +308,8 @@ class _Run:
         }
         where = self.folder / "checkpoints"
         trained = self.progress.stage == len(self.recipe.stages)  # what is left is to evaluate, which takes no moments
-        found = Checkpoint(self.optimizer.weights(), {} if trained else self.optimizer.moments(), state)
+        average = {} if self.average is None else self.average.weights
+        found = Checkpoint(self.optimizer.weights(), {} if trained else self.optimizer.moments(), state, average)
         limit = self.recipe.save.save_total_limit
         checkpoint.save(where, self.progress.step, found, stage=self.progress.stage, keep=limit)
 
@@ -320,6 +330,8 @@ class _Run:
                 betas = (stage.adam_beta1, stage.adam_beta2)
                 self.optimizer.begin(weight_decay=stage.weight_decay, betas=betas, eps=stage.adam_epsilon)
             self.optimizer.load(found.weights, found.moments)
+            if found.average:
+                self.average = Average(self.model, found.average)
             step = self.progress.step
             self.display.say(f"{self.folder.name}: resuming after step {step}")
         for name in ("metrics.jsonl", "completions.jsonl"):

@@ -308,8 +308,9 @@ class Scores:
     computed_predictions: int = 0
 
 
-Weights = Literal["current", "reference", "teacher"]
-"""Whose weights: the policy's as they are, those of the frozen reference, or those of the recipe's teacher."""
+Weights = Literal["current", "reference", "teacher", "average"]
+"""Whose weights: the policy's as they are, those of the frozen reference, those of the recipe's teacher, or an average of the
+policy's over the stage's steps (`Method.average`)."""
 
 
 class Look(Protocol):
@@ -459,6 +460,8 @@ class Method:
     updates: inner updates per collected batch.
     init, update: explicit state and how a step's logged metrics change it.
     reference: which weights `ref_logp` comes from: those the run or the stage started with.
+    average: after every optimizer step an average of the policy's weights, which starts with the stage's, goes this share of the
+        way to them; None where nothing reads one.
     columns: builders of further no-gradient columns by name, `(look, batch) -> [B, T] or [B]` (KTO's mismatched pairs).
     channels: full-vocabulary functionals of its own by name, computed inside the head, chunk by chunk, with gradient (GEM).
     comparisons: such functionals of its distribution and another one's by name (GKD's teacher, SDFT's second prompt).
@@ -477,6 +480,7 @@ class Method:
     init: Callable[[], State] = _no_state
     update: Callable[[State, Mapping[str, float]], State] = _same_state
     reference: Literal["base", "stage_start"] = "base"
+    average: float | None = None
     columns: Mapping[str, Callable[[Look, Batch], Tensor]] = field(default_factory=dict)
     channels: Mapping[str, Channel] = field(default_factory=dict)
     comparisons: Mapping[str, Comparison] = field(default_factory=dict)

@@ -210,8 +210,8 @@ def test_a_gradient_that_is_not_a_number_stops_the_run_before_the_weights_move()
 
 
 def test_what_a_term_reads_must_be_there_before_the_first_update() -> None:
-    unknown = Method(terms=(replace(nll("demo", on=by(Source.EXPERT), per=Per(())), needs=frozenset({"teacher_logp"})),))
-    with pytest.raises(UserError, match="teacher_logp, which nothing provides"):
+    unknown = Method(terms=(replace(nll("demo", on=by(Source.EXPERT), per=Per(())), needs=frozenset({"margin"})),))
+    with pytest.raises(UserError, match="margin, which nothing provides"):
         Run(unknown).steps()
     with pytest.raises(UserError, match="reference model"):
         Run(load_method("dpo"), reference=None).steps()

@@ -32,7 +32,7 @@ class Engine:
     """What a stage runs on: the model and everything around it that no step changes.
 
     known_reference: the reference's log-probs of all data, in place of the reference itself; a budget is charged for its passes all
-    the same.
+    the same. average: the model with an average of past weights. after_update: what is done after every optimizer step.
     """
 
     model: Any
@@ -48,6 +48,8 @@ class Engine:
     seed: int = 0
     reference: Callable[[], AbstractContextManager[Any]] | None = None
     known_reference: Known | None = None
+    average: Callable[[], AbstractContextManager[Any]] | None = None
+    after_update: Callable[[], None] | None = None
     teacher: Teacher | None = None
 
 
