@@ -55,7 +55,8 @@ def recipe(world: Path, *methods: Any, **more: Any) -> dict[str, Any]:
     }
 
 
-SDFT = {"sdft": {"num_generations": 2, "num_iterations": 2}}
+SDFT = {"sdft": {"num_generations": 2, "num_iterations": 2, "teacher_model_kind": "base"}}
+AVERAGED = {"sdft": {"num_generations": 2, "minibatches": 2, "teacher_update_rate": 0.3}}
 LIVE = {"sdft": {"num_generations": 2, "teacher_model_kind": "live", "distillation_mode": "topk_logits"}}
 METHODS: dict[str, list[Any]] = {
     "gkd": ["gkd"],
@@ -63,6 +64,7 @@ METHODS: dict[str, list[Any]] = {
     "on-policy distillation": [{"on_policy_distillation": {"num_generations": 2, "minibatches": 2}}],
     "asft, then sdft": ["asft", SDFT],
     "sdft of itself": [LIVE],
+    "sdft of an average, then asft": [AVERAGED, "asft"],
 }
 
 
@@ -106,11 +108,33 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     assert record["predicted"]["steps"] == 3 * len(METHODS[name])
 
 
-@pytest.mark.parametrize("method", [SDFT, LIVE, "asft", "gkd"], ids=str)
+@pytest.mark.parametrize("method", [SDFT, LIVE, AVERAGED, "asft", "gkd"], ids=str)
 def test_adapters_are_distilled_too(world: Path, tmp_path: Path, method: Any) -> None:
     model = {"name": str(world / "model"), "lora": {"r": 2}}
     result = crosstrain.train(recipe(world, method, model=model), tmp_path / "run")
     assert result.metrics["grad_norm"] > 0
+
+
+def weights_after(world: Path, folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
+    content = recipe(world, {"sdft": {"num_generations": 2, **settings}})
+    del content["teacher"]
+    return load_file(crosstrain.train(content, folder).folder / "model" / "model.safetensors")
+
+
+def test_an_average_that_follows_at_once_is_the_policy_and_one_that_never_does_its_start(world: Path, tmp_path: Path) -> None:
+    found = {
+        "live": weights_after(world, tmp_path / "live", teacher_model_kind="live"),
+        "at once": weights_after(world, tmp_path / "at-once", teacher_update_rate=1.0),
+        "base": weights_after(world, tmp_path / "base", teacher_model_kind="base"),
+        "never": weights_after(world, tmp_path / "never", teacher_update_rate=1e-30),
+        "between": weights_after(world, tmp_path / "between", teacher_update_rate=0.5),
+    }
+
+    def same(one: str, other: str) -> bool:
+        return all(torch.equal(found[one][k], found[other][k]) for k in found[one])
+
+    assert same("live", "at once") and same("base", "never")
+    assert not same("live", "base") and not same("between", "live") and not same("between", "base")
 
 
 def test_what_a_run_costs(world: Path, tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def plan_stages(recipe: Recipe, ready: Prepared, engine: Engine) -> tuple[StageP
     """
     if engine.reference is None:  # what is computed beforehand costs about what it would in the steps
         engine = replace(engine, reference=lambda: nullcontext(ready.model))
+    engine = replace(engine, average=lambda: nullcontext(ready.model))
     plans = []
     for i, (stage, method) in enumerate(zip(recipe.stages, ready.methods, strict=True)):
         one = _first_step(recipe, stage, method, ready, engine)
@@ -82,6 +83,8 @@ def plan_stages(recipe: Recipe, ready: Prepared, engine: Engine) -> tuple[StageP
         again = i > 0 or stage.repeat_until_budget
         if again and method.reads("reference") and method.reference == "stage_start":  # a second reference, beside the base
             memory += sum(p.numel() * p.element_size() for p in ready.model.parameters()) / 2**30
+        if method.average is not None:  # at full precision, and a model that computes with it
+            memory += sum(p.numel() * (4 * p.requires_grad + p.element_size()) for p in ready.model.parameters()) / 2**30
         steps = expected_steps(recipe, stage, cost)
         terms = tuple(f"{t.name}: {t.describe} per {t.per}" for t in method.terms)
         plans.append(StagePlan(method.name, steps, cost * steps, memory, terms))

@@ -28,6 +28,7 @@ from crosstrain.rewards.child import check_not_in_worker
 from crosstrain.run_evaluation import asks_nothing, evaluate_base, evaluate_trained
 from crosstrain.run_folder import RunResult, folder_of, now, open_folder, result_of
 from crosstrain.training import checkpoint
+from crosstrain.training.average import Average
 from crosstrain.training.checkpoint import Checkpoint, write_folder, write_json
 from crosstrain.training.cost import Cost
 from crosstrain.training.display import Display
@@ -101,6 +102,7 @@ class _Run:
         self.loaded, self.precision, self.optimizer = ready.loaded, ready.precision, ready.optimizer
         self.peak_memory_gb = 0.0
         self.known: dict[int, Known] = {}
+        self.average: Average | None = None
         self.progress = Progress()
         self.watch = Watch()
         self.best: dict[str, Any] = {}
@@ -190,6 +192,7 @@ class _Run:
         self.record["stages"].append({"method": method.name, "steps": self.progress.stage_step, "ended_by": why})
         self.progress.stage += 1
         self.started = False
+        self.average = None
         self._save()
 
     def _look_at_rewards(self, line: Mapping[str, Any]) -> None:
@@ -222,13 +225,19 @@ class _Run:
         self.progress.stage_step = self.progress.idle = 0
         self.progress.stage_cost = self.progress.cost
         self.progress.state = method.init()
+        self.average = None if method.average is None else Average(self.model, self.optimizer.weights())
         self.watch = Watch()
         self.started = True
         if method.reads("reference") and method.reference == "stage_start" and not first:
             write_folder(self.folder / "reference", lambda d: save_file(self._weights(), d / "weights.safetensors"))
 
     def _with_reference(self, engine: Engine, stage: Stage, method: Method) -> Engine:
-        """The engine with what the stage compares with: a model, or its log-probs of all data."""
+        """The engine with what the stage compares with: a model, its log-probs of all data, or an average of past weights."""
+        if self.average is not None and method.average is not None:
+            average, rate = self.average, method.average
+            engine = replace(
+                engine, average=average.opened, after_update=lambda: average.follow(self.optimizer.weights(), rate)
+            )
         if method.reads("reference") and method.reference == "stage_start" and self.progress.stage > 0:
             engine = replace(engine, reference=self._stage_start_reference())
         if not stage.precompute_ref_log_probs:
@@ -335,7 +344,8 @@ class _Run:
         }
         where = self.folder / "checkpoints"
         moments = {} if self._trained() else self.optimizer.moments()  # an evaluation takes none
-        found = Checkpoint(self.optimizer.weights(), moments, state)
+        average = {} if self.average is None else self.average.weights
+        found = Checkpoint(self.optimizer.weights(), moments, state, average)
         limit = self.recipe.save.save_total_limit
         checkpoint.save(where, self.progress.step, found, stage=self.progress.stage, keep=limit)
 
@@ -357,6 +367,8 @@ class _Run:
                 factor = assemble.value_factor(stage)
                 self.optimizer.begin(weight_decay=stage.weight_decay, betas=betas, eps=stage.adam_epsilon, value_factor=factor)
             self.optimizer.load(found.weights, found.moments)
+            if found.average:
+                self.average = Average(self.model, found.average)
             step = self.progress.step
             self.display.say(f"{self.folder.name}: resuming after step {step}")
         for name in ("metrics.jsonl", "completions.jsonl"):

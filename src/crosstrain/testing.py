@@ -233,7 +233,7 @@ def gradient(
 ) -> dict[str, Tensor]:
     """The method's gradient on all parameters of the model, and of a made-up value head, by name, from the loop's own backward.
 
-    A method that compares distributions finds a made-up teacher and a made-up reference, of other random weights.
+    A method that compares distributions finds a made-up teacher, reference and average, of other random weights.
     """
     engine = _engine(model, layout=layout, others=bool(method.comparisons))
     counts = count(method.terms, batch, groups=len(torch.unique(batch.group)))
@@ -262,12 +262,13 @@ def made_up_other(model: Any, seed: int) -> Any:
     return made.to(parameter.device).requires_grad_(False)
 
 
-TEACHER, REFERENCE = 101, 102
+TEACHER, REFERENCE, AVERAGE = 101, 102, 103
 """Seeds of the made-up models that a method may compare with."""
 
 
 def _engine(model: Any, layout: str = "plain", micro_batch_tokens: int = 4096, *, others: bool = False) -> Engine:
-    teacher, reference = (made_up_other(model, seed) if others else None for seed in (TEACHER, REFERENCE))
+    seeds = (TEACHER, REFERENCE, AVERAGE)
+    teacher, reference, average = (made_up_other(model, seed) if others else None for seed in seeds)
     return Engine(
         model=model,
         parameters=1,
@@ -277,6 +278,7 @@ def _engine(model: Any, layout: str = "plain", micro_batch_tokens: int = 4096, *
         micro_batch_tokens=micro_batch_tokens,
         value_head=made_up_value_head(model),
         reference=(lambda: nullcontext(reference)) if others else None,
+        average=(lambda: nullcontext(average)) if others else None,
         teacher=Teacher(lambda: nullcontext(teacher), 1, layout) if others else None,  # type: ignore[arg-type]
     )
 

@@ -328,8 +328,9 @@ class Scores:
     computed_predictions: int = 0
 
 
-Weights = Literal["current", "reference", "teacher"]
-"""Whose weights: the policy's as they are, those of the frozen reference, or those of the recipe's teacher."""
+Weights = Literal["current", "reference", "teacher", "average"]
+"""Whose weights: the policy's as they are, those of the frozen reference, those of the recipe's teacher, or an average of the
+policy's over the stage's steps (`Method.average`)."""
 
 
 class Look(Protocol):
@@ -486,6 +487,8 @@ class Method:
         columns in braces, rendered with the chat template when data are loaded; see `Request.context`, `Comparison.context`.
     temperature: what the policy's logits are divided by in training; None is the sampling temperature where the method samples,
         else 1.
+    average: after every optimizer step an average of the policy's weights, which starts with the stage's, goes this share of the
+        way to them; None where nothing reads one.
     columns: builders of further no-gradient columns by name, `(look, batch) -> [B, T] or [B]` (KTO's mismatched pairs).
     channels: full-vocabulary functionals of its own by name, computed inside the head, chunk by chunk, with gradient (GEM).
     comparisons: such functionals of its distribution and another one's by name (GKD's teacher, SDFT's second prompt).
@@ -508,6 +511,7 @@ class Method:
     start_from: Literal["current", "base"] = "current"
     contexts: Mapping[str, str] = field(default_factory=dict)
     temperature: float | None = None
+    average: float | None = None
     columns: Mapping[str, Callable[[Look, Batch], Tensor]] = field(default_factory=dict)
     channels: Mapping[str, Channel] = field(default_factory=dict)
     comparisons: Mapping[str, Comparison] = field(default_factory=dict)

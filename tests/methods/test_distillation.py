@@ -23,6 +23,7 @@ from crosstrain.methods.describe import needs_of
 from crosstrain.rollout.sampler import Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
 from crosstrain.testing import (
+    AVERAGE,
     REFERENCE,
     TEACHER,
     ScriptedSampler,
@@ -101,8 +102,8 @@ def test_what_a_run_has_to_bring() -> None:
     assert needs_of(load_method("gkd")) == ["demonstrations", "teacher"]
     assert needs_of(load_method("gkd", seq_kd=True)) == ["teacher"] == needs_of(load_method("on_policy_distillation"))
     assert needs_of(load_method("on_policy_distillation", mode="full_logits")) == ["teacher"]
-    assert needs_of(load_method("sdft")) == ["demonstrations", "reference model"]
-    assert needs_of(load_method("sdft", teacher_model_kind="live")) == ["demonstrations"]
+    assert needs_of(load_method("sdft", teacher_model_kind="base")) == ["demonstrations", "reference model"]
+    assert needs_of(load_method("sdft")) == needs_of(load_method("sdft", teacher_model_kind="live")) == ["demonstrations"]
     assert needs_of(load_method("asft")) == ["demonstrations", "reference model"]
 
 
@@ -205,19 +206,20 @@ def test_on_policy_distillation_over_the_vocabulary_is_the_reverse_kl() -> None:
     assert_same(gradient(method, model, batch), gradient(same, model, batch), 1e-12)
 
 
-@pytest.mark.parametrize("kind", ["base", "live"])
+@pytest.mark.parametrize("kind", ["ema", "base", "live"])
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_sdft_is_the_papers(kind: str, alpha: float) -> None:
     method, model = load_method("sdft", num_generations=2, distillation_alpha=alpha, teacher_model_kind=kind), tiny_model()
     [context] = method.contexts
     batch = first_update(made_up_batch(method, model))
-    other = model if kind == "live" else made_up_other(model, REFERENCE)
+    other = model if kind == "live" else made_up_other(model, AVERAGE if kind == "ema" else REFERENCE)
     expected = own_gradient(model, other, batch, paper_jsd(alpha), context=context, by_sequence=True)
     assert_same(gradient(method, model, batch), expected, 1e-7)  # a sequence's mean is a weight in the advantage's dtype, fp32
 
 
 def test_sdft_of_sampled_tokens_without_the_first() -> None:
     settings = {"num_generations": 3, "distillation_mode": "sampled_token", "num_loss_tokens_to_skip": 1}
+    settings["teacher_model_kind"] = "base"
     method, model = load_method("sdft", **settings), tiny_model()
     [context] = method.contexts
     batch = first_update(made_up_batch(method, model))
@@ -373,6 +375,9 @@ def test_seq_kd_has_the_teacher_write_what_the_student_does_not() -> None:
         ("sdft", {"distillation_alpha": 2.0}, "distillation_alpha: got 2.0"),
         ("sdft", {"distillation_is_clip": 0.0}, "distillation_is_clip: got 0.0"),
         ("sdft", {"num_loss_tokens_to_skip": -1}, "num_loss_tokens_to_skip: got -1"),
+        ("sdft", {"teacher_model_kind": "old"}, "allowed: ema, base, live"),
+        ("sdft", {"teacher_model_kind": "live", "teacher_update_rate": 0.1}, "has an effect on an average alone"),
+        ("sdft", {"teacher_update_rate": 0.0}, "teacher_update_rate: got 0.0"),
         ("sdft", {"teacher_prompt_template": "{prompt}"}, r"must contain \{privileged_context\}"),
         ("asft", {"mode": "dft"}, "allowed: asft, sft"),
         ("asft", {"direction": "both"}, "allowed: forward, reverse"),
@@ -467,7 +472,7 @@ def test_sdft_takes_what_the_prompt_showed_into_the_weights() -> None:
     bandit = Bandit.reachable(model)
     shown = [probability(model, (a[0], *p), a) for p, a in zip(PROMPTS, bandit.right, strict=True)]
     assert min(shown) > 0.8 and max(bandit.success(model)) < 0.3
-    method = load_method("sdft", num_generations=8)
+    method = load_method("sdft", num_generations=8, teacher_model_kind="base")
     [context] = method.contexts
     examples = [
         Example(f"train:{i}", "", p, (_demonstration(p, a),), contexts={context: (a[0], *p)})

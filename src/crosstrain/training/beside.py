@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -117,12 +117,11 @@ def _given(engine: Engine, of: Weights) -> AbstractContextManager[Any]:
         if engine.reference is None:
             raise UserError("the method compares with a reference model, and none was set up")
         return engine.reference()
-    return _itself(engine.model)
-
-
-@contextmanager
-def _itself(model: Any) -> Iterator[Any]:
-    yield model
+    if of == "average":
+        if engine.average is None:
+            raise UserError("the method compares with an average of past weights, and none was set up")
+        return engine.average()
+    return nullcontext(engine.model)
 
 
 def _response_start(batch: Batch, row: int) -> int:

@@ -11,21 +11,25 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+AVERAGE = "average.safetensors"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What resuming needs: trained weights and optimizer moments by name, and everything else as JSON."""
+    """What resuming needs: trained weights and optimizer moments by name, everything else as JSON, and the average of past weights
+    where a stage keeps one."""
 
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
     state: Mapping[str, Any]
+    average: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def save(folder: Path, step: int, checkpoint: Checkpoint, *, stage: int = 0, keep: int = 1) -> Path:
@@ -38,6 +42,8 @@ def save(folder: Path, step: int, checkpoint: Checkpoint, *, stage: int = 0, kee
     def fill(temporary: Path) -> None:
         save_file({k: v.contiguous().cpu() for k, v in checkpoint.weights.items()}, temporary / "weights.safetensors")
         save_file({k: v.contiguous().cpu() for k, v in checkpoint.moments.items()}, temporary / "optimizer.safetensors")
+        if checkpoint.average:
+            save_file({k: v.contiguous().cpu() for k, v in checkpoint.average.items()}, temporary / AVERAGE)
         (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=1, sort_keys=True))
 
     write_folder(place, fill)
@@ -58,6 +64,7 @@ def load(place: Path) -> Checkpoint:
         weights=load_file(place / "weights.safetensors"),
         moments=load_file(place / "optimizer.safetensors"),
         state=json.loads((place / "state.json").read_text()),
+        average=load_file(place / AVERAGE) if (place / AVERAGE).is_file() else {},
     )
 
 

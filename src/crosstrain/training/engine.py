@@ -37,6 +37,7 @@ class Engine:
     known_reference: the reference's log-probs of all data, in place of the reference itself; a budget is charged for its passes all
     the same. value_head: read by methods that need `value`; the model's hidden states are the policy's and the critic's alike.
     base: gives the recipe's own weights, by parameter name, for methods whose steps start from them.
+    average: the model with an average of past weights. after_update: what is done after every optimizer step.
     """
 
     model: Any
@@ -53,6 +54,8 @@ class Engine:
     reference: Callable[[], AbstractContextManager[Any]] | None = None
     known_reference: Known | None = None
     value_head: nn.Linear | None = None
+    average: Callable[[], AbstractContextManager[Any]] | None = None
+    after_update: Callable[[], None] | None = None
     teacher: Teacher | None = None
     base: Callable[[], Mapping[str, torch.Tensor]] | None = None
 

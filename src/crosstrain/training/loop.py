@@ -265,6 +265,8 @@ def update(
     if not math.isfinite(grad_norm):
         raise NonFinite(f"step {progress.step}: the gradient norm is {grad_norm}; examples: {_names(batch)}")
     optimizer.step(learning_rate)
+    if engine.after_update is not None:
+        engine.after_update()
     times = {TIME + "backward": accumulated - started, TIME + "optimizer": clock(engine.device) - accumulated}
     clipped = float(settings.max_grad_norm > 0 and grad_norm > settings.max_grad_norm)
     found = {**meter.metrics(), **probed, "grad_norm": grad_norm, "grad_clipped": clipped, "learning_rate": learning_rate}
