@@ -139,7 +139,7 @@ def test_methods_lists_every_method_with_its_paper(monkeypatch: pytest.MonkeyPat
         assert name in listed
         assert entry.paper in listed and entry.checked.split()[0] in listed
     assert main(["methods", "--json"]) == 0
-    records = json.loads(capsys.readouterr().out)
+    records = json.loads(capsys.readouterr().out)["methods"]
     assert [r["name"] for r in records] == list(METHODS)
 
 

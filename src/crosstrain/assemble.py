@@ -12,10 +12,12 @@ import torch
 
 from crosstrain.config import DataSpec, Recipe, Stage
 from crosstrain.config.recipe import RewardsSpec, SamplingSpec
-from crosstrain.data import Stream, encode, read_rows
-from crosstrain.data.rows import Row, data_hash
+from crosstrain.data import Stream
+from crosstrain.data.curricula import Curriculum
+from crosstrain.data.mixtures import Mixture
 from crosstrain.errors import UserError, nearest
 from crosstrain.head import check_head
+from crosstrain.load_data import load_stream
 from crosstrain.methods import load_method
 from crosstrain.models import has_bf16_instructions, load_model, load_tokenizer, load_weights, resolve_device
 from crosstrain.reward_models import check_classifier
@@ -24,7 +26,6 @@ from crosstrain.rewards.load import Reward
 from crosstrain.rewards.model import ModelReward, is_model
 from crosstrain.rollout.sampler import Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
-from crosstrain.tasks import get_task
 from crosstrain.training.collect import Truncation
 from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine, Teacher
@@ -36,12 +37,16 @@ from crosstrain.types import Example, Group, Method
 
 @dataclass(frozen=True)
 class Loaded:
-    """The data of a recipe: a stream of tokenized examples and the content's hash, by stream name."""
+    """The data of a recipe: a stream of tokenized examples and the content's hash, by stream name.
 
-    streams: Mapping[str, Stream]
+    reports: what was done to the rows of each source, of the streams that filter, choose, order or mix.
+    """
+
+    streams: Mapping[str, Stream | Curriculum | Mixture]
     hashes: Mapping[str, str]
     rows: Mapping[str, int]
     warnings: tuple[str, ...]
+    reports: Mapping[str, list[dict[str, Any]]]
 
 
 def resolve_precision(recipe: Recipe, device: torch.device) -> Precision:
@@ -83,15 +88,6 @@ def load_frozen_base(recipe: Recipe, device: torch.device) -> Any | None:
     if recipe.model.lora is not None:
         return None
     return load_base_weights(recipe, device, computing_dtype(recipe, device)).requires_grad_(False)
-
-
-def rows_of(name: str, spec: DataSpec) -> list[Row]:
-    """The rows of a stream: from its file, or made by its task."""
-    if spec.path is not None:
-        rows = read_rows(spec.path)
-        return rows[: spec.size] if spec.size is not None else rows
-    assert spec.task is not None
-    return get_task(spec.task, **spec.task_config).rows(spec.split, spec.size or 1024, spec.seed)
 
 
 def base_weights(recipe: Recipe, device: torch.device, names: Collection[str]) -> dict[str, torch.Tensor]:
@@ -140,28 +136,20 @@ def check_vocabularies(name: str, tokenizer: Any, teacher: str, other: Any) -> N
         )
 
 
-def load_streams(recipe: Recipe, tokenizer: Any, methods: Sequence[Method] = ()) -> Loaded:
-    """Every stream of the recipe, tokenized, with the contexts that methods ask of it. UserError for a row that cannot be used,
-    with file:row, and for two methods whose contexts of one name differ."""
-    streams, hashes, counts, warnings = {}, {}, {}, []
-    for name, spec in recipe.data.items():
-        rows, contexts = rows_of(name, spec), _contexts(name, methods)
-        examples = tuple(
-            encode(
-                row,
-                tokenizer,
-                id=f"{name}:{i}",
-                max_prompt_length=recipe.max_prompt_length,
-                max_length=recipe.max_length,
-                system_prompt=spec.system_prompt,
-                contexts=contexts,
-            )
-            for i, row in enumerate(rows)
-        )
-        warnings += _look(name, examples, tokenizer)
-        streams[name] = Stream(name, examples, recipe.seed)
-        hashes[name], counts[name] = data_hash(rows), len(rows)
-    return Loaded(streams, hashes, counts, tuple(warnings))
+def load_streams(recipe: Recipe, tokenizer: Any, model: Any, methods: Sequence[Method] = ()) -> Loaded:
+    """Every stream of the recipe, tokenized, with the contexts that methods ask of it, its rows filtered, chosen (by what `model`,
+    not yet trained, makes of them) and ordered as the recipe says. UserError for a row that cannot be used, with file:row, and for
+    two methods whose contexts of one name differ."""
+    found = {
+        name: load_stream(name, spec, recipe, tokenizer, model, _contexts(name, methods)) for name, spec in recipe.data.items()
+    }
+    return Loaded(
+        streams={name: one.stream for name, one in found.items()},
+        hashes={name: one.hash for name, one in found.items()},
+        rows={name: one.rows for name, one in found.items()},
+        warnings=tuple(text for one in found.values() for text in one.warnings),
+        reports={name: one.report for name, one in found.items() if one.report},
+    )
 
 
 def origins(method: Method) -> list[str]:
@@ -178,19 +166,6 @@ def _contexts(stream: str, methods: Sequence[Method]) -> dict[str, str]:
                 raise UserError(
                     f"stages want {name!r} of {stream!r} both as {found[name]!r} and as {text!r}; give them the same"
                 )
-    return found
-
-
-def _look(name: str, examples: tuple[Example, ...], tokenizer: Any) -> list[str]:
-    """Counted warnings about a stream's labels, before step 1."""
-    expert = [(e, t) for e in examples for t in e.expert]
-    cut = [e.where for e, t in expert if not t.finished]
-    endless = [e.where for e, t in expert if t.finished and t.tokens[-1] != tokenizer.eos_token_id]
-    found = []
-    if cut:
-        found.append(f"{name}: {len(cut)} of {len(expert)} answers are cut at max_length, first {cut[0]}")
-    if endless:
-        found.append(f"{name}: {len(endless)} of {len(expert)} answers do not end in the end token, first {endless[0]}")
     return found
 
 
@@ -347,7 +322,7 @@ def _brings(example: Example, needs: str) -> bool:
 def reward_scorer(recipe: Recipe, tokenizer: Any) -> Iterator[Callable[[list[Group]], list[Group]] | None]:
     """A function that scores groups in child processes; None when the recipe has neither rewards nor a task."""
     specs = recipe.rewards
-    tasks = [d for d in recipe.data.values() if d.task is not None]
+    tasks = [source for d in recipe.data.values() for source in d.sources if source.task is not None]
     if specs is None and not tasks:
         yield None
         return

@@ -191,13 +191,24 @@ def report(
 
 @data_app.command(name="check")
 def data_check(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL, JSON, CSV, Parquet or a `datasets` folder.")],
+    ctx: typer.Context,
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="JSONL, JSON, CSV, Parquet, a `datasets` folder, or a recipe (YAML).")
+    ],
     model: Annotated[str, typer.Option(help="The model whose chat template and tokenizer to use.")] = "smollm2-135m-instruct",
     max_prompt_length: Annotated[int, typer.Option(min=1, help="Longer prompts are errors.")] = 512,
     max_length: Annotated[int, typer.Option(min=1, help="Longer prompt + answer rows are cut.")] = 1024,
     debug: Debug = False,
 ) -> None:
-    """Say what a file holds and what would be trained, or which rows are wrong."""
+    """Say what a file or a recipe's data hold and what would be trained, or which rows are wrong."""
+    if file.suffix in (".yaml", ".yml"):
+        from crosstrain.cli_data import check_recipe
+
+        given = [
+            name for name in ("model", "max_prompt_length", "max_length") if ctx.get_parameter_source(name).name != "DEFAULT"
+        ]
+        check_recipe(file, given)
+        return
     from crosstrain.data.check import check
 
     check(file, model, max_prompt_length=max_prompt_length, max_length=max_length)

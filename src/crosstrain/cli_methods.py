@@ -7,15 +7,17 @@ import json
 from rich.console import Console
 from rich.table import Column, Table
 
+from crosstrain.data.catalogue import DATA_METHODS
 from crosstrain.methods import METHODS
 from crosstrain.methods.describe import record
 
 
 def print_all(console: Console | None = None, *, as_json: bool = False) -> None:
-    """Print one line per method, by family, as the survey's Table 1 has them; or the records of all as JSON."""
+    """Print one line per method, by family, as the survey's Table 1 has them, and what can be done to data; or the records of all
+    as JSON, under `methods` and `data`."""
     records = [record(name) for name in METHODS]
     if as_json:
-        print(json.dumps(records, indent=1))
+        print(json.dumps({"methods": records, "data": [one.record for one in DATA_METHODS]}, indent=1))
         return
     table = Table(
         Column("method", no_wrap=True),
@@ -38,7 +40,18 @@ def print_all(console: Console | None = None, *, as_json: bool = False) -> None:
                 str(found["year"]),
             )
             table.add_row(found["name"], *cells, found["checked"], found["summary"])
-    (console or Console()).print(table)
+    (console or Console()).print(table, _data_table())
+
+
+def _data_table() -> Table:
+    """What a recipe can do to its data, with any method."""
+    keys = Column("setting of data.STREAM", no_wrap=True)
+    table = Table(
+        "data", keys, Column("paper", no_wrap=True), "year", "what it does", title="for any method", title_justify="left"
+    )
+    for one in DATA_METHODS:
+        table.add_row(one.name, one.key.replace("[", "\\["), one.paper, str(one.year or ""), one.does)
+    return table
 
 
 def print_one(name: str, console: Console | None = None, *, as_json: bool = False) -> None:

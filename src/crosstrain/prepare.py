@@ -39,7 +39,7 @@ def prepare(recipe: Recipe) -> Prepared:
     device = resolve_device(recipe.device)
     methods = tuple(assemble.stage_method(stage) for stage in recipe.stages)
     model, tokenizer = assemble.load_base(recipe, device)
-    loaded = assemble.load_streams(recipe, tokenizer, methods)
+    loaded = assemble.load_streams(recipe, tokenizer, model, methods)
     for i, method in enumerate(methods):
         assemble.check_data(method, loaded)
         assemble.check_reference(recipe, method, i)

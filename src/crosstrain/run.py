@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from crosstrain import assemble, run_record
 from crosstrain.card import model_card
 from crosstrain.config import Recipe, Stage, SwitchSpec, config_hash, load_recipe, parse
+from crosstrain.data.mixtures import Mixture
 from crosstrain.errors import UserError, nearest
 from crosstrain.evaluate import BaseAnswers, measure_dev
 from crosstrain.memory import give_back
@@ -164,7 +165,7 @@ class _Run:
         share = stage_progress(settings, self.progress)
         for step in train_stage(engine, method, settings, self.optimizer, self.progress):
             line = {"step": self.progress.step, "stage": self.progress.stage, "method": method.name, **step.metrics}
-            line["epoch"] = self._epoch()
+            line |= {"epoch": self._epoch(), **self._epochs_of_sources()}
             measured = self._measure_dev()
             line |= measured
             self._keep_best(line)
@@ -319,6 +320,12 @@ class _Run:
         names = {method.plan.origin(name) for name in method.plan.streams(self.progress.state)}
         position = sum(self.progress.positions.get(name, 0) for name in names)
         return position / sum(len(self.loaded.streams[name].examples) for name in names)
+
+    def _epochs_of_sources(self) -> dict[str, float]:
+        """Passes over each source of the streams that are mixtures."""
+        positions, streams = self.progress.positions, self.loaded.streams
+        mixed = {name: stream for name, stream in streams.items() if isinstance(stream, Mixture) and name in positions}
+        return {f"epoch/{n}/{source}": x for n, s in mixed.items() for source, x in s.epochs(positions[n]).items()}
 
     # --- saving -----------------------------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ def setup(recipe: Recipe, ready: Prepared, engine: Engine) -> dict[str, Any]:
         "sampler": getattr(engine.sampler, "path", None),
         "methods": [assemble.describe_method(m) for m in ready.methods],
         "data": {n: {"hash": h, "rows": ready.loaded.rows[n]} for n, h in ready.loaded.hashes.items()},
+        **({"data_report": dict(ready.loaded.reports)} if ready.loaded.reports else {}),
         "template_hash": template_hash(ready.tokenizer),
         "versions": versions(),
         "hardware": hardware(ready.device),

@@ -84,9 +84,9 @@ def test_only_the_streams_that_a_method_draws_from_are_written_and_stages_agree(
     stage = {"method": "star", "max_steps": 1, "learning_rate": 1e-5}
     recipe = parse(Recipe, {"data": {"train": rows, "other": [{"prompt": "3+3="}]}, "stages": [stage]})
     star, sft = load_method("star", hint=HINT["hint"]), load_method("sft")
-    loaded = assemble.load_streams(recipe, tiny_tokenizer(), [sft, star])
+    loaded = assemble.load_streams(recipe, tiny_tokenizer(), None, [sft, star])
     assert [list(loaded.streams[name].examples[0].contexts) for name in ("train", "other")] == [["hint"], []]
-    assert assemble.load_streams(recipe, tiny_tokenizer(), [star, star]).streams.keys() == {"train", "other"}
+    assert assemble.load_streams(recipe, tiny_tokenizer(), None, [star, star]).streams.keys() == {"train", "other"}
     other = replace(star, contexts={"hint": "{prompt}: {answer}"})
     with pytest.raises(UserError, match=r"stages want 'hint' of 'train' both as .* and as .*; give them the same"):
-        assemble.load_streams(recipe, tiny_tokenizer(), [star, other])
+        assemble.load_streams(recipe, tiny_tokenizer(), None, [star, other])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from crosstrain.config.data import FilterSpec, OrderSpec, SelectSpec
 from crosstrain.config.files import config_hash, load, parse, read_mapping, to_yaml
 from crosstrain.config.recipe import (
     BudgetSpec,
@@ -33,15 +34,18 @@ __all__ = [
     "DataSpec",
     "EvalSetSpec",
     "EvaluationSpec",
+    "FilterSpec",
     "LoraSpec",
     "MethodSpec",
     "ModelSpec",
+    "OrderSpec",
     "Recipe",
     "Repeat",
     "RewardSpec",
     "RewardsSpec",
     "SamplingSpec",
     "SaveSpec",
+    "SelectSpec",
     "SharedSpec",
     "Stage",
     "StudySpec",

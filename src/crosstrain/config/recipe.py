@@ -11,24 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from crosstrain.cache import keep_rows
-
-STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
-
-Number = Annotated[float, Field(strict=True)]
-Positive = Annotated[float, Field(gt=0, strict=True)]
-Share = Annotated[float, Field(gt=0, le=1, strict=True)]
-Count = Annotated[int, Field(ge=1, strict=True)]
-Whole = Annotated[int, Field(ge=0, strict=True)]
-Seed = Annotated[int, Field(ge=0, strict=True, description="Seed of the random numbers.")]
-Flag = Annotated[bool, Field(strict=True)]
-TaskConfig = Annotated[dict[str, Any], Field(description="Settings of the task, by name.")]
-
-
-def _named(key: str, value: Any) -> Any:
-    return {key: value} if isinstance(value, str) else value
+from crosstrain.config.data import FilterSpec, OrderSpec, SelectSpec
+from crosstrain.config.fields import STRICT, Count, Flag, Number, Positive, Seed, Share, TaskConfig, Whole, named
 
 
 def _rows(value: Any) -> Any:
@@ -61,34 +48,55 @@ class ModelSpec(BaseModel):
     attn_implementation: str | None = Field(None, description="Attention code of transformers: eager, sdpa, ...")
     lora: LoraSpec | None = Field(None, description="Train low-rank adapters instead of all weights.")
 
-    _short = model_validator(mode="before")(lambda value: _named("name", value))
+    _short = model_validator(mode="before")(lambda value: named("name", value))
 
 
 class DataSpec(BaseModel):
-    """One stream of examples: a file, or a task that makes them. A bare string is a path; in Python, rows may be given."""
+    """One stream of examples: a file, a task that makes them, or a mixture of such. A bare string is a path; in Python, rows may be
+    given."""
 
     model_config = STRICT
     path: str | None = Field(None, description="JSONL, JSON, CSV, Parquet file or `datasets` folder.")
     task: str | None = Field(None, description="Name of a task, instead of a path.")
+    mixture: list[DataSpec] | None = Field(
+        None, min_length=2, description="Sources that the stream draws from by `weight`, each with settings of its own."
+    )
+    weight: Positive | None = Field(
+        None, description="In a mixture: the source's share, relative to the others; 1 if not given."
+    )
     task_config: TaskConfig = {}
     split: str = Field("train", description="Split of the task.")
-    size: Count | None = Field(None, description="How many examples; all of them (or the task's default) when not given.")
+    size: Count | None = Field(
+        None, description="How many rows of the source, from its first; all of them (or the task's default) when not given."
+    )
     seed: Seed = 0
     system_prompt: str | None = Field(None, description="System message put before every prompt that has none.")
+    filter: FilterSpec | None = Field(None, description="Rows that are left out.")
+    select: SelectSpec | None = Field(None, description="Rows that are chosen of the others, as the untrained model sees them.")
+    order: OrderSpec | None = Field(None, description="A curriculum; rows are shuffled anew each epoch when not given.")
 
-    _short = model_validator(mode="before")(lambda value: _named("path", _rows(value)))
+    _short = model_validator(mode="before")(lambda value: named("path", _rows(value)))
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
-        if (self.path is None) == (self.task is None):
-            got = "neither" if self.path is None else f"path={self.path!r} and task={self.task!r}"
-            raise ValueError(f"needs exactly one of 'path' and 'task', got {got}")
-        useless = [
-            key for key in ("task_config", "split", "seed") if getattr(self, key) != type(self).model_fields[key].default
-        ]
-        if self.path is not None and useless:
+        origins = [key for key in ("path", "task", "mixture") if getattr(self, key) is not None]
+        if len(origins) != 1:
+            got = " and ".join(f"{key}={getattr(self, key)!r:.60}" for key in origins) or "none"
+            raise ValueError(f"needs exactly one of 'path', 'task' and 'mixture', got {got}")
+        own = {"path": ("task_config", "split", "seed"), "task": (), "mixture": tuple(type(self).model_fields)}[origins[0]]
+        useless = [key for key in own if key not in origins and getattr(self, key) != type(self).model_fields[key].default]
+        if useless and self.mixture is not None:
+            raise ValueError(f"{useless[0]!r} stands beside 'mixture'; write it inside the source it is for")
+        if useless:
             raise ValueError(f"{useless[0]!r} has no effect beside 'path'; remove it or name a 'task'")
+        if self.mixture is not None and any(part.mixture is not None for part in self.mixture):
+            raise ValueError("a source of a mixture is a file or a task, not another mixture; list its sources here")
         return self
+
+    @property
+    def sources(self) -> tuple[DataSpec, ...]:
+        """The files and tasks that it is made of."""
+        return (self,) if self.mixture is None else tuple(self.mixture)
 
 
 def _function_name(value: Any) -> Any:
@@ -116,7 +124,7 @@ class RewardSpec(BaseModel):
     )
     weight: Number = Field(1.0, description="Factor of this score in the weighted sum.")
 
-    _short = model_validator(mode="before")(lambda value: {"name": value} if callable(value) else _named("name", value))
+    _short = model_validator(mode="before")(lambda value: {"name": value} if callable(value) else named("name", value))
 
 
 class RewardsSpec(BaseModel):
@@ -388,7 +396,9 @@ class EvaluationSpec(BaseModel):
 def _streams(value: Any) -> Any:
     """A single data spec (or path, or rows) becomes the stream `train`."""
     value = _rows(value)
-    single = isinstance(value, str | DataSpec) or (isinstance(value, Mapping) and bool({"path", "task"} & set(value)))
+    single = isinstance(value, str | DataSpec) or (
+        isinstance(value, Mapping) and bool({"path", "task", "mixture"} & set(value))
+    )
     return {"train": value} if single else value
 
 
@@ -446,6 +456,12 @@ class Recipe(BaseModel):
     def _teacher_is_not_trained(self) -> Self:
         if self.teacher is not None and self.teacher.lora is not None:
             raise ValueError("'teacher.lora' has no effect: a teacher is never trained; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_are_of_mixtures(self) -> Self:
+        if heavy := [name for name, spec in self.data.items() if spec.weight is not None]:
+            raise ValueError(f"data.{heavy[0]}: 'weight' has no effect outside a mixture; remove it")
         return self
 
     @model_validator(mode="after")

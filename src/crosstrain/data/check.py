@@ -57,13 +57,18 @@ def check(file: Path, model: str, *, max_prompt_length: int, max_length: int, co
     try:
         checked = read(file, tokenizer, max_prompt_length=max_prompt_length, max_length=max_length)
     except BadRows as error:
-        shown = error.problems[:PROBLEMS_SHOWN] if len(error.problems) > 1 else ()  # a single one is the error's own message
-        for text in shown:
-            console.print(Text(visible(text)))
-        if len(error.problems) > PROBLEMS_SHOWN:
-            console.print(f"... and {len(error.problems) - PROBLEMS_SHOWN} more")
+        print_problems(error, console)
         raise
     _print(checked, file, tokenizer, console)
+
+
+def print_problems(error: BadRows, console: Console) -> None:
+    """Print the rows that cannot be used, unless there is only one, which is the error's own message."""
+    shown = error.problems[:PROBLEMS_SHOWN] if len(error.problems) > 1 else ()
+    for text in shown:
+        console.print(Text(visible(text)))
+    if len(error.problems) > PROBLEMS_SHOWN:
+        console.print(f"... and {len(error.problems) - PROBLEMS_SHOWN} more")
 
 
 def read(file: Path, tokenizer: Any, *, max_prompt_length: int, max_length: int) -> Checked:
@@ -114,7 +119,8 @@ def _print(checked: Checked, file: Path, tokenizer: Any, console: Console) -> No
         console.print(f"trained: {trained:,} of {total:,} tokens ({trained / total:.1%}), the answers and what ends them")
     else:
         console.print("trained: completions that the model samples; the rows bring no demonstration")
-    _print_batch(checked, tokenizer, console)
+    drawn, _ = Stream("train", tuple(checked.examples)).draw(0, min(BATCH, len(checked.examples)))
+    print_batch(drawn, 0, tokenizer, console)
 
 
 def _lengths(examples: Sequence[Example]) -> Table:
@@ -132,12 +138,11 @@ def _lengths(examples: Sequence[Example]) -> Table:
     return table
 
 
-def _print_batch(checked: Checked, tokenizer: Any, console: Console) -> None:
-    """The first step's rows at seed 0: what is trained in colour, or between [[ and ]] where there is none."""
+def print_batch(drawn: Sequence[Example], seed: int, tokenizer: Any, console: Console) -> None:
+    """Print the first step's rows: what is trained in colour, or between [[ and ]] where there is none."""
     coloured = console.is_terminal and console.color_system is not None
-    drawn, _ = Stream("train", tuple(checked.examples)).draw(0, min(BATCH, len(checked.examples)))
     how = "in green" if coloured else "between [[ and ]]"
-    console.print(f"\nfirst batch of {len(drawn)} at seed 0; what is trained stands {how}:")
+    console.print(f"\nfirst batch of {len(drawn)} at seed {seed}; what is trained stands {how}:")
     for example in drawn:
         prompt = Trajectory(example.prompt_tokens, (Source.PROMPT,) * len(example.prompt_tokens))
         for trajectory in example.expert or (prompt,):

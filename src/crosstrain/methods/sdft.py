@@ -45,8 +45,8 @@ SHOWN = "demonstration"
     "learns from its prompt (arXiv:2601.19897).",
     fails="Small models, which learn little from a demonstration in their prompt (arXiv:2601.19897).",
     deviates="Written from TRL's trainer and descriptions by others: the paper's text and code were not seen. Most call the loss a "
-    "reverse KL, which is the default, one a forward KL (alpha 0). TRL's defaults are alpha 0.5 on the 100 most likely tokens and a "
-    "teacher with the start's weights. The template is TRL's, without the words that the authors put around the demonstration.",
+    "reverse KL, which is the default, one a forward KL (alpha 0). TRL's defaults are alpha 0.5 on the 100 most likely tokens and "
+    "a teacher with the start's weights. The template is TRL's, without the words that the authors put around the demonstration.",
 )
 def sdft(
     num_generations: int = 8,

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crosstrain.architecture import has_local_attention
 from crosstrain.attention import of_any_shape
-from crosstrain.head import head_logits, plain_head
+from crosstrain.head import at_least_fp32, head_logits, plain_head
 from crosstrain.llama import hidden_states
 from crosstrain.prefix import common_start
 from crosstrain.served import written_out
@@ -164,6 +164,24 @@ def trajectory_logps(
             logp = score(model, batch.rows(index).to(device), temperature=temperature, layout=layout).logp.cpu()
             for values, row in zip(logp, index.tolist(), strict=True):
                 result[order[row]] = values[: int(batch.length[row])].float()
+    return result
+
+
+def predicting_states(model: Any, trajectories: Sequence[Trajectory], *, tokens_per_micro_batch: int = 4096) -> list[Tensor]:
+    """The last hidden states that the head predicts each trajectory's trained tokens from, without gradient: one [n_i, D] in at
+    least fp32 each, in the order of its tokens."""
+    batch = to_batch([Group(Example(str(i), "", ()), (t,)) for i, t in enumerate(trajectories)])
+    result: list[Tensor] = [torch.empty(0)] * len(trajectories)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        for index in cut(batch, tokens_per_micro_batch, "token", shared=False):
+            part = batch.rows(index).to(device)
+            lines = lay_out(part, "plain")
+            with of_any_shape(device):
+                hidden = _hidden_states(model, lines, part, None)
+            hidden = hidden.to(at_least_fp32(hidden.dtype)).cpu()
+            for k, row in enumerate(index.tolist()):
+                result[row] = hidden[lines.line.cpu() == k]
     return result
 
 

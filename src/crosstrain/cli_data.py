@@ -1,0 +1,88 @@
+"""`crosstrain data check RECIPE.yaml`: what a recipe does to its data before it trains on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from crosstrain import assemble
+from crosstrain.config import DataSpec, Recipe, load_recipe
+from crosstrain.data.check import BATCH, print_batch, print_problems
+from crosstrain.data.curricula import Curriculum
+from crosstrain.data.filters import NAMED
+from crosstrain.data.mixtures import Mixture
+from crosstrain.data.rows import BadRows
+from crosstrain.errors import UserError, visible
+from crosstrain.load_data import LoadedStream, Part, load_stream, needs_model
+from crosstrain.models import load_tokenizer, resolve_device
+from crosstrain.training.collect import shares
+
+
+def check_recipe(file: Path, given: Sequence[str] = (), console: Console | None = None) -> None:
+    """Print, of each stream: its sources, what filters took, which rows are chosen, what comes first, and the first batch.
+
+    The model is loaded where rows are chosen or ordered by what it makes of them. given: options of the command line, which a
+    recipe has of its own. Raises UserError for what a run would refuse in its data, after printing the rows that cannot be used.
+    """
+    console = console or Console(soft_wrap=True, highlight=False)
+    if given:
+        option = given[0].replace("_", "-")
+        raise UserError(f"--{option} has no effect on a recipe, which says it itself; change {given[0]!r} in {file}")
+    recipe = load_recipe(file)
+    spec = recipe.model
+    tokenizer = load_tokenizer(spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    model = None
+    if any(map(needs_model, recipe.data.values())):
+        model, _ = assemble.load_base(recipe, resolve_device(recipe.device))
+    for name, data in recipe.data.items():
+        try:
+            loaded = load_stream(name, data, recipe, tokenizer, model)
+        except BadRows as error:
+            print_problems(error, console)
+            raise
+        _print_stream(name, data, loaded, recipe, tokenizer, console)
+
+
+def first_batch(name: str, recipe: Recipe) -> int:
+    """How many examples the first stage that draws from a stream takes for its first step; a few where none does."""
+    for stage in recipe.stages:
+        method = assemble.stage_method(stage)
+        wanted = shares(method.plan.streams(method.init()), stage.batch_size)
+        if wanted.get(name):
+            return wanted[name]
+    return BATCH
+
+
+def _print_stream(name: str, spec: DataSpec, loaded: LoadedStream, recipe: Recipe, tokenizer: Any, console: Console) -> None:
+    n = first_batch(name, recipe)
+    said = [f"{name}: {loaded.rows:,} rows"]
+    counts = loaded.stream.counts(0, n) if isinstance(loaded.stream, Mixture) else {}
+    weights = [1.0 if s.weight is None else s.weight for s in spec.sources]
+    for part, source, weight in zip(loaded.parts, spec.sources, weights, strict=True):
+        mixed = f", share {weight / sum(weights):.1%}, {counts[part.label]} of the first {n}" if counts else ""
+        said += [f"  {part.label}: {len(part.rows):,} rows{mixed}", *(f"    {line}" for line in _done(part, source))]
+    said += [f"warning: {text}" for text in loaded.warnings if ": filter keeps" not in text]
+    for line in said:
+        console.print(Text(visible(line)))
+    print_batch(loaded.stream.draw(0, n)[0], recipe.seed, tokenizer, console)
+    console.print()
+
+
+def _done(part: Part, spec: DataSpec) -> list[str]:
+    """What was done to a source's rows, a line each."""
+    said = [] if part.filtered is None else [f"filter {part.filtered}"]
+    if spec.select is not None:
+        said.append(
+            f"select: {spec.select.rule} takes {len(part.rows)} of {part.chosen_of}, first {', '.join(part.chosen_where[:NAMED])}"
+        )
+    if spec.order is not None and part.difficulty is not None and isinstance(part.stream, Curriculum):
+        by = spec.order.column if spec.order.by == "column" else spec.order.by
+        pace = f"{spec.order.pacing} from {part.stream.pool(0)} rows to all over {part.stream.paced} draws"
+        pace = pace if part.stream.paced else "sorted"
+        first = ", ".join(f"{part.rows[i].where} ({part.difficulty[i]:g})" for i in part.stream.ranking[:NAMED])
+        said.append(f"order: by {by}, {spec.order.direction.replace('_', ' ')}, {pace}; first {first}")
+    return said

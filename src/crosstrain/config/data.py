@@ -1,0 +1,104 @@
+"""What is done to the rows of a stream before they are drawn: filters, selection, order."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, Field, model_validator
+
+from crosstrain.config.fields import STRICT, Count, Number, Positive, Share, named
+
+
+def _changed(spec: BaseModel, *keys: str) -> list[str]:
+    """Those of the keys that are not at their default."""
+    return [key for key in keys if getattr(spec, key) != type(spec).model_fields[key].default]
+
+
+class FilterSpec(BaseModel):
+    """Rows that are left out, by quality, then by length, then as duplicates of a row that stays."""
+
+    model_config = STRICT
+    min_quality: Number | None = Field(None, description="Rows with less than this in `quality_column` are left out.")
+    max_quality: Number | None = Field(None, description="Rows with more than this in `quality_column` are left out.")
+    quality_column: str | None = Field(None, description="Column with a number in every row: a grade, a solve rate.")
+    min_length: Count | None = Field(
+        None, description="Fewest tokens of every answer a row brings, its end token included, before any cut at max_length."
+    )
+    max_length: Count | None = Field(None, description="Most tokens of every answer, counted alike.")
+    deduplicate: Literal["exact", "near"] | None = Field(
+        None,
+        description="Leave out rows whose text (prompt and answers, letter case and white space aside) an earlier row has: exact, "
+        "or near: the sets of their runs of three words overlap by `near_threshold` or more.",
+    )
+    near_threshold: Share = Field(
+        0.8, description="Shared runs of three words over all runs of both (Jaccard) from which rows are near duplicates."
+    )
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        if not _changed(self, *(key for key in type(self).model_fields if key != "near_threshold")):
+            raise ValueError("has no effect: give it min_length, max_length, min_quality, max_quality or deduplicate")
+        limits = self.min_quality is not None or self.max_quality is not None
+        if limits != (self.quality_column is not None):
+            raise ValueError("'quality_column' goes with 'min_quality' or 'max_quality', and these with it; one is missing")
+        for low, high in (("min_quality", "max_quality"), ("min_length", "max_length")):
+            least, most = getattr(self, low), getattr(self, high)
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"{low!r} ({least:g}) is more than {high!r} ({most:g}), so no row could stay")
+        if _changed(self, "near_threshold") and self.deduplicate != "near":
+            raise ValueError(f"'near_threshold' has no effect with deduplicate={self.deduplicate!r}; it is for 'near'")
+        return self
+
+
+class SelectSpec(BaseModel):
+    """Rows that are chosen, of those that the filter leaves, before step 1."""
+
+    model_config = STRICT
+    rule: Literal["fisher", "loss", "random"] = Field(
+        description="fisher: rows whose tokens together tell most about the last layer (FisherSFT). loss: by mean loss of their "
+        "answers under the untrained model. random: any, by the recipe's seed; the baseline."
+    )
+    size: Count = Field(description="How many rows are chosen; less than there are.")
+    ridge: Positive = Field(
+        1.0,
+        description="fisher: what the design matrix starts from, times the identity; small against the embeddings' squares.",
+    )
+    direction: Literal["highest", "lowest"] = Field("highest", description="loss: which losses are chosen.")
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        for key, rule in (("ridge", "fisher"), ("direction", "loss")):
+            if self.rule != rule and _changed(self, key):
+                raise ValueError(f"{key!r} has no effect with rule={self.rule!r}; it is for {rule!r}")
+        return self
+
+
+class OrderSpec(BaseModel):
+    """In which order rows come (a curriculum). A bare string is `by`."""
+
+    model_config = STRICT
+    by: Literal["column", "length", "loss"] = Field(
+        description="What difficulty is: a number in a `column`, the tokens of the answer, or its mean loss under the untrained "
+        "model. Higher is harder; where higher is easier (a solve rate), take `direction: hard_first`."
+    )
+    column: str | None = Field(None, description="The column with a number in every row.")
+    direction: Literal["easy_first", "hard_first"] = Field("easy_first", description="Which end comes first.")
+    pacing: Literal["linear", "sqrt", "sorted"] = Field(
+        "linear",
+        description="linear, sqrt: rows are drawn at random from a pool that begins with the first `start` of them and grows to "
+        "all over `until` epochs, and are then shuffled anew each epoch. sorted: every epoch runs from one end to the other.",
+    )
+    start: Share = Field(0.1, description="Share of the rows that the pool begins with.")
+    until: Positive = Field(1.0, description="Epochs (rows drawn over rows there are) after which every row is in the pool.")
+
+    _short = model_validator(mode="before")(lambda value: named("by", value))
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        if (self.by == "column") != (self.column is not None):
+            raise ValueError(f"'by: column' and a 'column' go together; got by={self.by!r} and column={self.column!r}")
+        if self.pacing == "sorted" and (useless := _changed(self, "start", "until")):
+            raise ValueError(f"{useless[0]!r} has no effect with pacing='sorted', which has no pool")
+        if self.start == 1:
+            raise ValueError("'start' is 1, so every row is in the pool from the first, and the order has no effect")
+        return self
