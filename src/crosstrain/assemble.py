@@ -149,7 +149,7 @@ def check_data(method: Method, loaded: Loaded) -> None:
 
 def check_rewards(method: Method, rewards: object | None) -> None:
     """Before step 1: a method that samples has something to score its completions with."""
-    if method.plan.samples and rewards is None:
+    if method.plan.samples and method.plan.reward is None and rewards is None:
         raise UserError(
             f"method {method.name} samples completions, and nothing scores them: add `rewards: [file.py:function]` to the "
             "recipe, or take the data from a task"
@@ -161,6 +161,8 @@ def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
     drawn = {name for method in methods for name in method.plan.streams(method.init())}
     found = [f"data.{name}: no stage draws from it" for name in recipe.data if name not in drawn]
     if any(method.plan.samples for method in methods):
+        if recipe.rewards is not None and all(m.plan.reward is not None for m in methods if m.plan.samples):
+            found.append("rewards: every method that samples scores completions by itself")
         return found
     if recipe.rewards is not None:
         found.append("rewards: no stage samples completions, so nothing is scored with them")
@@ -255,6 +257,7 @@ def make_engine(
         sampler=TorchSampler(model, stop_token_ids=stop_tokens(model, tokenizer)) if samples else None,
         sampling=Sampling(s.temperature, s.top_p, s.top_k, s.max_completion_length),
         rewards=rewards,
+        decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         truncation=Truncation(s.truncated, s.truncation_penalty),
         micro_batch_tokens=recipe.micro_batch_tokens,
         seed=recipe.seed,

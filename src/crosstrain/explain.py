@@ -37,6 +37,7 @@ class GivenTrajectory(BaseModel):
     reward: float | None = None
     finished: bool = True
     greedy: bool = False
+    replayed: bool = False
     old_logp: Numbers | None = None
     ref_logp: Numbers | None = None
     behaviour_logp: Numbers | None = None
@@ -186,7 +187,8 @@ def _group(index: int, given: GivenGroup) -> Group:
             )
         # the version says which trajectory this is, whatever select makes of the group
         tokens = tuple(range(len(source)))
-        trajectories.append(Trajectory(tokens, source, reward=t.reward, finished=t.finished, greedy=t.greedy, policy_version=k))
+        kept = {"reward": t.reward, "finished": t.finished, "greedy": t.greedy, "replayed": t.replayed}
+        trajectories.append(Trajectory(tokens, source, **kept, policy_version=k))
     expert = tuple(t for t in trajectories if t.wrote(Source.EXPERT) and not t.wrote(Source.POLICY))
     prompt = trajectories[0].tokens[: trajectories[0].response_start]
     return Group(Example(given.id or str(index), "", prompt, expert), tuple(trajectories), given.stream)

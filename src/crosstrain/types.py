@@ -53,6 +53,7 @@ class Trajectory:
         everywhere.
     policy_version: the optimizer step of the sampling weights; -1 when not ours.
     finished: False for a completion cut at the token limit. greedy: the most likely token was taken everywhere (ReMax's baseline).
+    replayed: sampled in an earlier step and remembered since; `behaviour_logp` is that of the policy of that time.
     contexts: other prompts for the same response, by name (self-distillation reads a second one).
 
     >>> t = Trajectory(tokens=(5, 6, 7), source=(Source.PROMPT, Source.EXPERT, Source.EXPERT))
@@ -68,6 +69,7 @@ class Trajectory:
     policy_version: int = -1
     finished: bool = True
     greedy: bool = False
+    replayed: bool = False
     contexts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -164,6 +166,13 @@ def _one_stream(state: State) -> Mapping[str, float]:
     return {"train": 1.0}
 
 
+Decode = Callable[[tuple[int, ...]], str]
+"""Tokens to text, special tokens left out."""
+
+ById = Callable[[str], Example]
+"""The example of an id as the data have it (`train:3`), for building groups from what was remembered of it."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What to collect for an optimizer step.
@@ -173,6 +182,12 @@ class Plan:
     next: the completions to ask for, given the group so far; asked again after each round until it returns nothing. One round
         for GRPO, several for TRAPO, BREAD and STaR. Rounds are batched across examples.
     samples: whether `next` ever asks for anything (a plan that does needs a sampler and a reward).
+    reward: the reward of a completion, in place of the recipe's: for methods that compare it with the row's demonstration (SRL).
+    recall: groups of remembered examples that a step begins with, each in place of a drawn one while there are any: buffered
+        demonstrations, or own rollouts to replay. `next` is asked about these groups too.
+    wants: whether an example is drawn, by state; the stream is gone through until the step has enough, at most once, after which
+        examples that were passed over are taken in their order. Examples have the ids of the data here.
+    All of these find the run's `seed` and the step's `batch_size` in the state, beside what the method keeps there.
     needs_expert: what the row must bring: "demonstration", "pair", "label" or nothing. expert_streams: the streams whose rows must
         bring it; None for all.
     max_draws: how often a step may draw further examples to replace groups that `select` dropped (DAPO's dynamic sampling).
@@ -182,6 +197,9 @@ class Plan:
     start: Callable[[Example, State], tuple[Trajectory, ...]] = _everything_starts_with_its_expert_trajectories
     next: Callable[[Group, State], Sequence[Request]] = _ask_nothing
     samples: bool = False
+    reward: Callable[[Group, Trajectory, Decode], float | None] | None = None
+    recall: Callable[[State, ById], Sequence[Group]] | None = None
+    wants: Callable[[Example, State], bool] | None = None
     needs_expert: Literal["demonstration", "pair", "label"] | None = None
     expert_streams: frozenset[str] | None = None
     max_draws: int = 1
@@ -408,6 +426,10 @@ def _same_state(state: State, observed: Mapping[str, float]) -> State:
     return state
 
 
+def _remember_nothing(state: State, groups: Sequence[Group]) -> State:
+    return state
+
+
 @dataclass(frozen=True)
 class Method:
     """A training method: a short tuple of terms and how their data come to be.
@@ -418,12 +440,16 @@ class Method:
     advantage: credit from rewards and columns, [B] or [B, T], no gradient. credits: whether a row's credit depends on its group
         alone, or on the whole step (REINFORCE++ divides by a standard deviation over all of it).
     updates: inner updates per collected batch.
-    init, update: explicit state and how a step's logged metrics change it.
+    init, update: explicit state and how a step's logged metrics change it. remember: how the groups of a step do, as collected and
+        before `select`, without what was replayed in them; called before `update`. State is JSON; a saved object comes back with
+        its keys in another order, on which nothing may depend.
     reference: which weights `ref_logp` comes from: those the run or the stage started with.
     columns: builders of further no-gradient columns by name, `(look, batch) -> [B, T] or [B]` (KTO's mismatched pairs).
     channels: full-vocabulary functionals of its own by name, computed inside the head, chunk by chunk, with gradient (GEM).
     embed: changes the input embeddings in training, `(embeddings [N, L, D], batch) -> same` (NEFTune).
-    grad_mask: parameters to leave alone at a step, by state (MIFO).
+    grad_mask: parameters to leave alone at a step, by state (MIFO). movement: measure after every step how far each parameter has
+        moved, in `update`'s metrics as `moved/<parameter>` (root mean square over its entries), since the start of the latest step
+        for which this was true; since the first step there was, where none was. Keeps a copy of the trained weights.
     probes: quantities to measure at every step and hand to `update`: `grad_norm/<term>`, the norm of that term's gradient alone.
     name, settings, paper: how it was made, for records.
     """
@@ -436,11 +462,13 @@ class Method:
     updates: Updates = field(default_factory=Updates)
     init: Callable[[], State] = _no_state
     update: Callable[[State, Mapping[str, float]], State] = _same_state
+    remember: Callable[[State, Sequence[Group]], State] = _remember_nothing
     reference: Literal["base", "stage_start"] = "base"
     columns: Mapping[str, Callable[[Look, Batch], Tensor]] = field(default_factory=dict)
     channels: Mapping[str, Channel] = field(default_factory=dict)
     embed: Callable[[Tensor, Batch], Tensor] | None = None
     grad_mask: Callable[[State], Callable[[str], bool]] | None = None
+    movement: Callable[[State], bool] | None = None
     probes: tuple[str, ...] = ()
     name: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)

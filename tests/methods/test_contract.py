@@ -39,6 +39,11 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("prefix_rft", {"max_completion_length": 8, "num_generations": 4}),
     ("chord_mu", {"rollouts_from": "train", "demonstrations_from": "train"}),
     ("chord_phi", {"rollouts_from": "train", "demonstrations_from": "train"}),
+    ("replay", {"num_iterations": 2, "num_generations": 4}),
+    ("relift", {"buffer_size": 2, "num_generations": 4}),
+    ("mifo", {"buffer_size": 2, "num_generations": 4}),
+    ("srl", {"think_end": "", "num_generations": 4}),
+    ("rollout_selection", {"keep": 3, "num_generations": 6}),
 ]
 
 

@@ -13,7 +13,7 @@ from crosstrain.rollout.sampler import Sampler, Sampling
 from crosstrain.training.collect import ScoreGroups, Stream, Truncation
 from crosstrain.training.reference import Known
 from crosstrain.training.score import Layout
-from crosstrain.types import Method
+from crosstrain.types import Decode, Method
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Engine:
     """What a stage runs on: the model and everything around it that no step changes.
 
     known_reference: the reference's log-probs of all data, in place of the reference itself; a budget is charged for its passes all
-    the same.
+    the same. decode: for methods that score completions themselves.
     """
 
     model: Any
@@ -32,6 +32,7 @@ class Engine:
     sampler: Sampler | None = None
     sampling: Sampling = field(default_factory=Sampling)
     rewards: ScoreGroups | None = None
+    decode: Decode | None = None
     truncation: Truncation = field(default_factory=Truncation)
     micro_batch_tokens: int = 4096
     seed: int = 0
