@@ -256,6 +256,8 @@ class _Run:
         assert stage.until is not None
         value = line.get(stage.until.metric)
         if value is None:
+            if not math.isnan(self.plateau.best):  # a step in which nothing was sampled has no reward
+                return False
             if not stage.until.metric.startswith("eval_") or "eval_accuracy" in line:
                 raise UserError(f"until.metric: {stage.until.metric!r} is not measured; {nearest(stage.until.metric, line)}")
             return False

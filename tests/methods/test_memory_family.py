@@ -354,6 +354,18 @@ def test_relifts_second_implementation(seed: int) -> None:
     agrees(method, relift_paper, random_groups(seed, demonstration=True), seed)
 
 
+@pytest.mark.parametrize("seed", range(2))
+def test_relift_is_grpo_without_std_and_plain_sft(seed: int) -> None:
+    """In a step of rollouts and one of demonstrations, both of which are held to TRL's losses elsewhere."""
+    relift = load_method("relift", num_iterations=2, minibatches=1)
+    grpo = load_method("grpo", beta=0.0, scale_rewards="none", average="tokens", epsilon_high=0.28, num_iterations=2)
+    for other, groups in ((grpo, random_groups(seed, own=4)), (load_method("sft"), random_groups(seed, demonstration=True))):
+        logp, batch = random_logps(relift, groups, seed)
+        one, two = weights_of(relift, batch, logp), weights_of(other, batch, logp)
+        torch.testing.assert_close(one.weights, two.weights, rtol=0, atol=1e-12)
+        assert one.logged == pytest.approx(two.logged)
+
+
 # --- MIFO -------------------------------------------------------------------------------------------------------------------
 
 
