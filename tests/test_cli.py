@@ -160,6 +160,8 @@ def test_a_methods_record_says_what_it_needs_and_where_it_is_from(capsys: pytest
         ("simpo", "offline", ["preferences"]),
         ("grpo", "online", ["verifier", "reference model"]),
         ("reinforce", "online", ["verifier"]),
+        ("replay", "online", ["verifier"]),
+        ("srl", "offline + online", ["demonstrations"]),
     ],
 )
 def test_what_a_method_asks_of_a_run(name: str, data: str, needs: list[str]) -> None:
@@ -185,7 +187,13 @@ def test_methods_shows_the_terms_and_settings_of_each(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "on"),
-    [("sft", ["expert"]), ("grpo", ["policy", "policy"]), ("luffy", ["policy", "expert"]), ("raft", ["policy"])],
+    [
+        ("sft", ["expert"]),
+        ("grpo", ["policy", "policy"]),
+        ("luffy", ["policy", "expert"]),
+        ("raft", ["policy"]),
+        ("replay", ["policy", "policy (replayed)"]),
+    ],
 )
 def test_whose_tokens_a_term_is_on(name: str, on: list[str]) -> None:
     assert [on_what(term) for term in load_method(name).terms] == on

@@ -370,6 +370,7 @@ def make_engine(
         sampler=TorchSampler(model, stop_token_ids=stop_tokens(model, tokenizer)) if samples else None,
         sampling=Sampling(s.temperature, s.top_p, s.top_k, s.max_completion_length),
         rewards=rewards,
+        decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
         truncation=Truncation(s.truncated, s.truncation_penalty),
         micro_batch_tokens=recipe.micro_batch_tokens,
         seed=recipe.seed,

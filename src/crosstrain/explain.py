@@ -37,6 +37,7 @@ class GivenTrajectory(BaseModel):
     reward: float | None = None
     finished: bool = True
     greedy: bool = False
+    replayed: bool = False
     old_logp: Numbers | None = None
     ref_logp: Numbers | None = None
     behaviour_logp: Numbers | None = None
@@ -195,7 +196,8 @@ def _group(index: int, given: GivenGroup) -> Group:
             )
         # the version says which trajectory this is, whatever select makes of the group; no two texts, and no two prompts, are alike
         tokens = tuple(index * 10**9 + i + (0 if s == Source.PROMPT else (k + 1) * 10**5) for i, s in enumerate(source))
-        trajectories.append(Trajectory(tokens, source, reward=t.reward, finished=t.finished, greedy=t.greedy, policy_version=k))
+        kept = {"reward": t.reward, "finished": t.finished, "greedy": t.greedy, "replayed": t.replayed}
+        trajectories.append(Trajectory(tokens, source, **kept, policy_version=k))
     expert = tuple(t for t in trajectories if t.wrote(Source.EXPERT) and not t.wrote(Source.POLICY))
     prompt = trajectories[0].tokens[: trajectories[0].response_start]
     return Group(Example(given.id or str(index), "", prompt, expert), tuple(trajectories), given.stream)
@@ -204,8 +206,7 @@ def _group(index: int, given: GivenGroup) -> Group:
 def _selected(method: Method, group: Group, state: Mapping[str, Any]) -> Group | None:
     if not method.plan.scored:
         return method.select(group, state)
-    graded = method.plan.grade([group])[0] if method.plan.grade is not None else group
-    known = with_known_rewards(graded)
+    known = with_known_rewards(group)
     return None if known is None else method.select(known, state)
 
 

@@ -24,12 +24,12 @@ from torch import Tensor
 from crosstrain.objective.reduce import count
 from crosstrain.rollout.sampler import Completion, Prompt, Sampling
 from crosstrain.training.batching import cut, to_batch, with_advantage
-from crosstrain.training.collect import Truncation, collect
+from crosstrain.training.collect import Collected, Truncation, collect
 from crosstrain.training.columns import no_grad_scores, teacher_scores
 from crosstrain.training.engine import Engine, Teacher
 from crosstrain.training.loop import NonFinite, backward
 from crosstrain.training.metrics import Meter
-from crosstrain.types import Batch, Example, Group, Method, Scores, Source, Trajectory, Weights
+from crosstrain.types import Batch, Example, Group, Method, Scores, Source, State, Trajectory, Weights
 from crosstrain.value_head import make_value_head, named
 
 VOCABULARY = 61
@@ -184,16 +184,18 @@ class _Examples:
         return [self.examples[(position + i) % len(self.examples)] for i in range(n)], position + n
 
 
-def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 0) -> Batch:
-    """A batch as the loop would hand it to the method's terms, with old and reference log-probs, and old values, a little off the
-    model's and those of a made-up value head."""
-    state = method.init()
+def made_up_text(tokens: tuple[int, ...]) -> str:
+    """Tokens as text: a letter each, and for some the end of a thought."""
+    return "".join("</think>" if t % 5 == 0 else chr(97 + t % 26) for t in tokens)
+
+
+def made_up_step(method: Method, state: State, step: int, *, examples: int = 6, seed: int = 0) -> Collected:
+    """What a step of a method collects, by its state, from made-up data of every kind."""
     stream = _Examples(made_up_examples(method, examples, seed))
-    names = method.plan.streams(state)
-    collected = collect(
+    return collect(
         method,
         state,
-        dict.fromkeys(names, stream),
+        dict.fromkeys([*method.plan.streams(method.init()), *method.plan.streams(state)], stream),
         {},
         batch_size=examples,
         sampler=ScriptedSampler(),
@@ -201,9 +203,23 @@ def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 
         rewards=made_up_rewards,
         truncation=Truncation(),
         seed=seed,
-        step=0,
+        step=step,
+        decode=made_up_text,
         teacher=ScriptedSampler(),
     )
+
+
+def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 0) -> Batch:
+    """A batch as the loop would hand it to the method's terms, with old and reference log-probs, and old values, a little off the
+    model's and those of a made-up value head.
+
+    Of a method that recalls something, what it recalls after a first step.
+    """
+    state = method.init()
+    collected = made_up_step(method, state, 0, examples=examples, seed=seed)
+    if method.plan.recall is not None:
+        state = method.update(method.remember(state, collected.rewarded), {"reward": 0.5})
+        collected = made_up_step(method, state, 1, examples=examples, seed=seed)
     engine = _engine(model, micro_batch_tokens=10**6, others=True)
     batch = to_batch(collected.groups).to(engine.device)
     scores = no_grad_scores(engine, method, batch, watch=True)
@@ -378,18 +394,22 @@ def unrelated_rows_leak_nothing(method: Method, model: Any, tolerance: float) ->
 
 
 def state_survives_saving(method: Method, model: Any, tolerance: float) -> None:
-    """State is JSON: what is loaded equals what was saved, and goes on the same way."""
+    """State is JSON: what is loaded equals what was saved, and goes on the same way: the same groups are collected."""
     state = method.init()
     for step in range(3):
         try:
-            loaded = json.loads(json.dumps(dict(state)))
+            loaded = json.loads(json.dumps(dict(state), sort_keys=True))  # as checkpoints are written
         except TypeError as error:
             raise AssertionError(f"state {dict(state)} cannot be written as JSON: {error}") from error
         assert loaded == dict(state), f"state {dict(state)} comes back from JSON as {loaded}"
         observed = {"reward": 0.25 * step, "loss": 1.0, "step_time": 1.0, "frac_groups_dropped": 0.0}
         after = method.update(state, observed)
         assert dict(method.update(loaded, observed)) == dict(after), "update gives another state after saving and loading"
-        state = after
+        collected, again = (made_up_step(method, one, step) for one in (after, method.update(loaded, observed)))
+        # as text, where unknown numbers (NaN) are equal
+        assert str(again.groups) == str(collected.groups), "other groups are collected after saving and loading"
+        state = method.remember(after, collected.rewarded)
+        assert dict(method.remember(after, again.rewarded)) == dict(state), "remember depends on more than state and groups"
 
 
 CHECKS: tuple[Check, ...] = (

@@ -54,6 +54,7 @@ class Trajectory:
     policy_version: the optimizer step of the sampling weights; -1 when not ours.
     finished: False for a completion cut at the token limit. greedy: the most likely token was taken everywhere (ReMax's baseline).
     sampled_from: the example's context that it was sampled from, in place of the prompt that stands before it; "" is that prompt.
+    replayed: sampled in an earlier step and remembered since; `behaviour_logp` is that of the policy of that time.
     contexts: other prompts for the same response, by name (self-distillation reads a second one).
 
     >>> t = Trajectory(tokens=(5, 6, 7), source=(Source.PROMPT, Source.EXPERT, Source.EXPERT))
@@ -70,6 +71,7 @@ class Trajectory:
     finished: bool = True
     greedy: bool = False
     sampled_from: str = ""
+    replayed: bool = False
     contexts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -173,6 +175,13 @@ def _one_stream(state: State) -> Mapping[str, float]:
     return {"train": 1.0}
 
 
+Decode = Callable[[tuple[int, ...]], str]
+"""Tokens to text, special tokens left out."""
+
+ById = Callable[[str], Example]
+"""The example of an id as the data have it (`train:3`), for building groups from what was remembered of it."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What to collect for an optimizer step.
@@ -184,8 +193,13 @@ class Plan:
     samples: whether `next` ever asks for anything (a plan that does needs a sampler).
     scored: whether completions need a reward. Where they do not (a teacher gives the credit), a recipe may still have one: it is
         recorded, and nothing depends on it.
-    grade: sets the rewards of a round's trajectories in place of the recipe's reward functions, of which none is needed then (SPIN,
-        where the demonstration is the better answer whatever was sampled).
+    reward: the reward of a completion, in place of the recipe's: for methods that compare it with the row's demonstration (SRL,
+        SPIN).
+    recall: groups of remembered examples that a step begins with, each in place of a drawn one while there are any: buffered
+        demonstrations, or own rollouts to replay. `next` is asked about these groups too.
+    wants: whether an example is drawn, by state; the stream is gone through until the step has enough, at most once, after which
+        examples that were passed over are taken in their order. Examples have the ids of the data here.
+    All of these find the run's `seed` and the step's `batch_size` in the state, beside what the method keeps there.
     needs_expert: what the row must bring: "demonstration", "pair", "label" or nothing. expert_streams: the streams whose rows must
         bring it; None for all.
     max_draws: how often a step may draw further examples to replace groups that `select` dropped (DAPO's dynamic sampling).
@@ -197,7 +211,9 @@ class Plan:
     next: Callable[[Group, State], Sequence[Request]] = _ask_nothing
     samples: bool = False
     scored: bool = True
-    grade: Callable[[list[Group]], list[Group]] | None = None
+    reward: Callable[[Group, Trajectory, Decode], float | None] | None = None
+    recall: Callable[[State, ById], Sequence[Group]] | None = None
+    wants: Callable[[Example, State], bool] | None = None
     needs_expert: Literal["demonstration", "pair", "label"] | None = None
     expert_streams: frozenset[str] | None = None
     max_draws: int = 1
@@ -206,7 +222,7 @@ class Plan:
     @property
     def asks_for_rewards(self) -> bool:
         """Whether the recipe has to bring reward functions."""
-        return self.samples and self.scored and self.grade is None
+        return self.samples and self.scored and self.reward is None
 
     def origin(self, stream: str) -> str:
         """The recipe's stream that a stream of the plan is drawn from."""
@@ -467,6 +483,10 @@ def _same_state(state: State, observed: Mapping[str, float]) -> State:
     return state
 
 
+def _remember_nothing(state: State, groups: Sequence[Group]) -> State:
+    return state
+
+
 @dataclass(frozen=True)
 class Method:
     """A training method: a short tuple of terms and how their data come to be.
@@ -477,7 +497,9 @@ class Method:
     advantage: credit from rewards and columns, [B] or [B, T], no gradient. credits: whether a row's credit depends on its group
         alone, or on the whole step (REINFORCE++ divides by a standard deviation over all of it).
     updates: inner updates per collected batch.
-    init, update: explicit state and how a step's logged metrics change it.
+    init, update: explicit state and how a step's logged metrics change it. remember: how the groups of a step do, as collected and
+        before `select`, without what was replayed in them; called before `update`. State is JSON; a saved object comes back with
+        its keys in another order, on which nothing may depend.
     reference: which weights `ref_logp` comes from: those the run or the stage started with, or those that the step did ("previous":
         SPIN's opponent, where a step is an iteration).
     start_from: which weights a step's inner updates start from: the current ones, or the recipe's own model ("base": ReST-EM,
@@ -493,7 +515,9 @@ class Method:
     channels: full-vocabulary functionals of its own by name, computed inside the head, chunk by chunk, with gradient (GEM).
     comparisons: such functionals of its distribution and another one's by name (GKD's teacher, SDFT's second prompt).
     embed: changes the input embeddings in training, `(embeddings [N, L, D], batch) -> same` (NEFTune).
-    grad_mask: parameters to leave alone at a step, by state (MIFO).
+    grad_mask: parameters to leave alone at a step, by state (MIFO). movement: measure after every step how far each parameter has
+        moved, in `update`'s metrics as `moved/<parameter>` (root mean square over its entries), since the start of the latest step
+        for which this was true; since the first step there was, where none was. Keeps a copy of the trained weights.
     saves: what a run that ends with it leaves: the language model, or a sequence classifier of it and the value head.
     probes: quantities to measure at every step and hand to `update`: `grad_norm/<term>`, the norm of that term's gradient alone.
     name, settings, paper: how it was made, for records.
@@ -507,6 +531,7 @@ class Method:
     updates: Updates = field(default_factory=Updates)
     init: Callable[[], State] = _no_state
     update: Callable[[State, Mapping[str, float]], State] = _same_state
+    remember: Callable[[State, Sequence[Group]], State] = _remember_nothing
     reference: Literal["base", "stage_start", "previous"] = "base"
     start_from: Literal["current", "base"] = "current"
     contexts: Mapping[str, str] = field(default_factory=dict)
@@ -517,6 +542,7 @@ class Method:
     comparisons: Mapping[str, Comparison] = field(default_factory=dict)
     embed: Callable[[Tensor, Batch], Tensor] | None = None
     grad_mask: Callable[[State], Callable[[str], bool]] | None = None
+    movement: Callable[[State], bool] | None = None
     probes: tuple[str, ...] = ()
     saves: Literal["language model", "reward model"] = "language model"
     name: str = ""

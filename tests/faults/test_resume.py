@@ -35,8 +35,14 @@ STAGES = {
     "grpo": [stage({"grpo": {"num_generations": 3, "num_iterations": 2, "minibatches": 2}})],
     "luffy": [stage({"luffy": {"num_generations": 3}})],
     "ppo": [stage({"ppo": {"num_generations": 2, "num_ppo_epochs": 2, "num_mini_batches": 2}}, value_learning_rate=0.1)],
+    "replay": [stage({"replay": {"num_generations": 3, "solved_above": 1.3, "start_rate": 0.0}})],
+    "mifo": [stage({"mifo": {"num_generations": 3, "solved_above": 1.4, "buffer_size": 2, "hardest": 0.4}})],
     "sft then grpo": [stage("sft", max_steps=3), stage({"grpo": {"num_generations": 3}}, restart_optimizer=False, max_steps=4)],
 }
+
+
+MEMORIES = {"replay": "weight_share/replay/policy", "mifo": "weight_share/demo/expert"}
+"""What stands in a line of metrics where a method made use of what it remembered."""
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +115,8 @@ def test_a_killed_run_ends_as_if_it_had_not_been(world: Path, tmp_path: Path, na
     assert len(steps(killed)) < last, "the run was over before it was killed"
     finish(path, killed)
 
+    if name in MEMORIES:
+        assert any(MEMORIES[name] in line for line in steps(whole)), "nothing was remembered"
     clean = [{k: v for k, v in line.items() if k not in TIMINGS} for line in steps(whole)]
     again = [{k: v for k, v in line.items() if k not in TIMINGS} for line in steps(killed)]
     assert again == clean

@@ -117,6 +117,7 @@ def learn(method: Method, model: Any, bandit: Bandit, *, steps: int, seed: int =
         sampler=TorchSampler(model, stop_token_ids=(END,)),
         sampling=Sampling(max_completion_length=len(bandit.right[0])),
         rewards=bandit.rewards,
+        decode=lambda tokens: "".join(chr(97 + t) for t in tokens),
         seed=seed,
         reference=lambda: nullcontext(frozen),
         value_head=head,

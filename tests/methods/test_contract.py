@@ -53,6 +53,11 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("sdft", {"num_generations": 2, "distillation_mode": "sampled_token", "num_loss_tokens_to_skip": 1}),
     ("asft", {"mode": "sft+kl", "direction": "reverse"}),
+    ("replay", {"num_iterations": 2, "num_generations": 4}),
+    ("relift", {"buffer_size": 2, "num_generations": 4}),
+    ("mifo", {"buffer_size": 2, "num_generations": 4}),
+    ("srl", {"think_end": "", "num_generations": 4}),
+    ("rollout_selection", {"keep": 3, "num_generations": 6}),
 ]
 
 

@@ -20,20 +20,31 @@ from crosstrain import assemble, run
 from crosstrain.errors import UserError
 from crosstrain.methods import load_method
 from crosstrain.methods.describe import record
-from crosstrain.methods.online_dpo import best_and_worst, demonstration_is_better
+from crosstrain.methods.online_dpo import best_and_worst, worse_than_the_demonstration
 from crosstrain.models import load_model
 from crosstrain.objective.reduce import count
 from crosstrain.rollout.sampler import Sampling
 from crosstrain.testing import save_tiny_model
 from crosstrain.training.batching import to_batch
+from crosstrain.training.collect import with_known_rewards
 from crosstrain.training.engine import Engine, temperature_of
 from crosstrain.training.record import read_lines
-from crosstrain.types import Group, Method, Source
+from crosstrain.types import Group, Method, Source, Trajectory
 
 LN2 = math.log(2)
 PAIR = [group(answer("OOO", 1.0), answer("O", 0.0))]
 LOGP = -LN2 * torch.tensor([[1.0, 2.0, 3.0], [1.0, 0.0, 0.0]])
 REF = -LN2 * torch.tensor([[2.0, 2.0, 4.0], [2.0, 0.0, 0.0]])
+
+
+def demonstration_is_better(groups: list[Group]) -> list[Group]:
+    """Groups as a step of SPIN scores them."""
+
+    def scored(t: Trajectory) -> Trajectory:
+        return replace(t, reward=worse_than_the_demonstration(groups[0], t, lambda tokens: "")) if t.wrote(Source.POLICY) else t
+
+    made = [replace(g, trajectories=tuple(map(scored, g.trajectories))) for g in groups]
+    return [known for g in made if (known := with_known_rewards(g)) is not None]
 
 
 def of(values: list[list[float]]) -> Tensor:

@@ -75,6 +75,7 @@ def needs_of(method: Method) -> list[str]:
     needs += ["verifier"] if method.plan.asks_for_rewards else []
     read = method.needs - ({"ref_logp"} if method.reference == "previous" else set())  # which is the policy, a step ago
     read |= {column for column, of in COMPARED.items() if any(c.of == of for c in method.comparisons.values())}
+    read -= {"behaviour_logp"} if method.plan.samples else set()  # the sampler gives them
     return needs + [what for column, what in WHAT_IS_NEEDED.items() if column in read]
 
 
@@ -84,14 +85,22 @@ def on_what(term: Term) -> str:
     >>> on_what(load_method("sft").terms[0])
     'expert'
     """
-    hit = term.on(_probe())
+    probe = _probe()
+    remembered = probe.with_columns(replayed=torch.ones_like(probe.reward))
+    if not (found := _hit(term, probe)) and (found := _hit(term, remembered)):
+        found += " (replayed)"
+    return found or "none of these"
+
+
+def _hit(term: Term, probe: Batch) -> str:
+    hit = term.on(probe)
     parts = []
     for source in (Source.EXPERT, Source.POLICY, Source.TOOL):
         best, other = bool(hit[0, source]), bool(hit[1, source])
         if best or other:
             which = "" if best and other else " (best row)" if best else " (not the best row)"
             parts.append(source.name.lower() + which)
-    return ", ".join(parts) or "none of these"
+    return ", ".join(parts)
 
 
 def _probe() -> Batch:

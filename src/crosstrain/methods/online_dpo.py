@@ -12,7 +12,7 @@ from torch import Tensor
 from crosstrain.methods.plans import rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.terms import by, pairwise, pairwise_logistic
-from crosstrain.types import Group, Method, Plan, Request, Source, State, Term, Trajectory, Updates
+from crosstrain.types import Decode, Group, Method, Plan, Request, Source, State, Term, Trajectory, Updates
 
 
 @method(
@@ -110,16 +110,13 @@ def spin(beta: float = 0.1, epochs: int = 3, minibatches: int = 1) -> Method:
 
     return Method(
         terms=(pairwise_logistic("spin", beta=beta, on=by(Source.EXPERT, Source.POLICY)),),
-        plan=Plan(next=following, samples=True, grade=demonstration_is_better, needs_expert="demonstration"),
+        plan=Plan(next=following, samples=True, reward=worse_than_the_demonstration, needs_expert="demonstration"),
         updates=Updates(epochs, minibatches),
         reference="previous",
         temperature=1.0,
     )
 
 
-def demonstration_is_better(groups: list[Group]) -> list[Group]:
-    """The groups with reward 1 for what an expert wrote and 0 for own answers."""
-    return [
-        replace(g, trajectories=tuple(replace(t, reward=0.0 if t.wrote(Source.POLICY) else 1.0) for t in g.trajectories))
-        for g in groups
-    ]
+def worse_than_the_demonstration(group: Group, answer: Trajectory, decode: Decode) -> float:
+    """0 for every own answer; a demonstration beside own answers has reward 1."""
+    return 0.0

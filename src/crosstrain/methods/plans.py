@@ -73,6 +73,15 @@ def told(example: Example) -> tuple[int, ...]:
     return tuple(token for token, _ in own)
 
 
+def cuts(n: int, parts: int) -> list[int]:
+    """Where `n` tokens are cut into `parts` parts of about one length: the ends of all but the last, within the tokens.
+
+    >>> cuts(10, 4), cuts(3, 10), cuts(1, 5)
+    ([2, 5, 8], [1, 2], [])
+    """
+    return sorted({round(i * n / parts) for i in range(1, parts)} - {0, n})
+
+
 def keyed_uniforms(n: int, *key: object) -> list[float]:
     """`n` numbers in [0, 1) that depend on the key alone, and so on no neighbour in a batch and on no earlier draw.
 

@@ -57,6 +57,27 @@ def shaped(gamma: float = 0.1) -> Denominator:
     return log_den
 
 
+def shaped_behaviour(gamma: float = 0.1) -> Denominator:
+    """As `shaped`, of the ratio w = pi / b to the policy b that sampled: the gradient of w / (w + gamma), as a denominator
+    b (w + gamma)^2 / gamma. Weight gamma w / (w + gamma)^2. Reads `behaviour_logp`. ExGRPO, arXiv:2510.02245.
+
+    >>> import torch
+    >>> from crosstrain.testing import tiny_batch
+    >>> half = torch.full((1, 2), 0.5).log()
+    >>> batch = tiny_batch([1.0], [0], tokens=1).with_columns(behaviour_logp=half)
+    >>> round(float(torch.exp(half - shaped_behaviour(0.1)(half, batch, batch.trained))[0, 1]), 4)
+    0.0826
+    """
+    if gamma <= 0:
+        raise ValueError(f"shaped_behaviour: got gamma={gamma}; it must be positive")
+
+    def log_den(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
+        behaviour = batch.columns["behaviour_logp"].to(logp.dtype)
+        return behaviour + 2 * torch.log(torch.exp(logp.detach() - behaviour) + gamma) - math.log(gamma)
+
+    return log_den
+
+
 def uncertain(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     """1 / (1 - p): weight p (1 - p), largest at p = 1/2 (CHORD-phi, arXiv:2508.11408).
 

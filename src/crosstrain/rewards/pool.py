@@ -7,7 +7,7 @@ import math
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
@@ -16,10 +16,7 @@ from crosstrain.errors import UserError
 from crosstrain.rewards.child import Child, ChildDied, ChildTimeout
 from crosstrain.rewards.load import Reward, load_reward
 from crosstrain.rewards.model import ModelReward, unusable
-from crosstrain.types import Group, Source, Trajectory
-
-Decode = Callable[[tuple[int, ...]], str]
-"""Tokens to text, special tokens left out."""
+from crosstrain.types import Decode, Group, Source, Trajectory
 
 
 @dataclass(frozen=True)

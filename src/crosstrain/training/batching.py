@@ -18,7 +18,8 @@ def to_batch(groups: Sequence[Group], *, step: int = 0, seed: int = 0, mask_trun
 
     mask_truncated: own completions cut at the token limit are not trained on; their rewards still count for the group.
     The column `behaviour_logp` is set, NaN where unknown; `advantage` is NaN until a method's advantage is set. Greedy
-    completions are baselines: they are not trained on, and the column `greedy`, [B], is 1 for them where there are any.
+    completions are baselines: they are not trained on, and the column `greedy`, [B], is 1 for them where there are any; so is the
+    column `replayed`, [B], for rollouts that were remembered.
     Raises ValueError for a group without trajectories.
     """
     rows: list[tuple[int, Group, Trajectory]] = []
@@ -46,7 +47,8 @@ def to_batch(groups: Sequence[Group], *, step: int = 0, seed: int = 0, mask_trun
         if not t.greedy and not (mask_truncated and not t.finished and t.wrote(Source.POLICY)):
             trained[r, 1:n] = source[r, 1:n] != int(Source.PROMPT)
     group_index = torch.tensor([g for g, _, _ in rows], dtype=torch.long)
-    greedy = {"greedy": torch.tensor([float(t.greedy) for _, _, t in rows])} if any(t.greedy for _, _, t in rows) else {}
+    kinds = {"greedy": [float(t.greedy) for _, _, t in rows], "replayed": [float(t.replayed) for _, _, t in rows]}
+    marked = {name: torch.tensor(values) for name, values in kinds.items() if any(values)}
     return Batch(
         tokens=tokens,
         source=source,
@@ -55,7 +57,7 @@ def to_batch(groups: Sequence[Group], *, step: int = 0, seed: int = 0, mask_trun
         rank=_ranks(group_index, reward),
         reward=reward,
         advantage=torch.full(size, math.nan),
-        columns={"behaviour_logp": behaviour, **greedy},
+        columns={"behaviour_logp": behaviour, **marked},
         example_ids=tuple(g.example.id for _, g, _ in rows),
         prompt_length=torch.tensor(shared, dtype=torch.long),
         length=torch.tensor([len(t.tokens) for _, _, t in rows], dtype=torch.long),

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from crosstrain.errors import UserError
 from crosstrain.rollout.sampler import Completion, Prompt, Sampler, Sampling
-from crosstrain.types import Example, Group, Method, Request, Source, State, Trajectory
+from crosstrain.types import Decode, Example, Group, Method, Request, Source, State, Trajectory
 
 
 class Stream(Protocol):
@@ -61,14 +61,16 @@ class Usage:
 class Collected:
     """What a step was given.
 
-    groups: kept by the method's select. drawn: groups before select. rewarded: the groups before select, for metrics.
-    positions: where each stream stands afterwards. usage: what sampling and scoring cost.
+    groups: kept by the method's select. drawn: groups before select. rewarded: the groups before select, without what was replayed
+    in them, for metrics and for the method to remember. positions: where each stream stands afterwards. usage: what sampling and
+    scoring cost. skipped: examples that the plan did not want.
     """
 
     groups: list[Group]
     rewarded: list[Group]
     positions: Mapping[str, int]
     usage: Usage
+    skipped: int = 0
 
     @property
     def drawn(self) -> int:
@@ -90,42 +92,124 @@ def collect(
     seed: int,
     step: int,
     teacher: Sampler | None = None,
+    decode: Decode | None = None,
 ) -> Collected:
     """`batch_size` groups as `method` wants them, from where the streams stand.
 
-    Groups that select drops are replaced from further draws, at most `plan.max_draws` draws in all; what a later draw collects
-    beyond batch_size is left out, so that a step never grows. Completions whose reward is missing are left out of their group,
-    and a group with no other completions is dropped: what cannot be credited is not trained on (`rewarded` still has it). A plan
-    that is not `scored` keeps them. teacher: writes what the plan asks it for.
+    What the plan recalls comes first, and in place of as many drawn examples. Groups that select drops are replaced from further
+    draws, at most `plan.max_draws` draws in all; what a later draw collects beyond batch_size is left out, so that a step never
+    grows. Completions whose reward is missing are left out of their group, and a group with no other completions is dropped: what
+    cannot be credited is not trained on (`rewarded` still has it). A plan that is not `scored` keeps them. teacher: writes what the
+    plan asks it for.
     """
-    state = {**state, "seed": seed}  # for what a plan draws by chance
+    state = {**state, "seed": seed, "batch_size": batch_size}  # for what a plan draws
+    recalled = _recalled(method, state, streams)
+    wanted = max(batch_size - len(recalled), 0)
     kept: list[Group] = []
     rewarded: list[Group] = []
     usage = Usage()
     positions = dict(positions)
-    for _ in range(method.plan.max_draws):
-        groups: list[Group] = []
-        for stream, n in shares(method.plan.streams(state), batch_size).items():
-            origin = method.plan.origin(stream)
-            if origin not in streams:
-                raise UserError(
-                    f"method {method.name} draws from a data stream {origin!r}; the recipe has {', '.join(streams)}"
-                )
-            start = positions.get(origin, 0)
-            examples, positions[origin] = streams[origin].draw(start, n)
-            for offset, example in enumerate(examples):
-                _check_brings(method, stream, example)
-                # an example drawn twice in one step still gets random numbers of its own
-                example = replace(example, id=f"{example.id}@{start + offset}")
-                groups.append(Group(example, method.plan.start(example, state), stream))
-        groups, used = rounds(method, state, groups, sampler, sampling, rewards, truncation, seed, step, teacher)
+    skipped = 0
+    score = _scorer(method, rewards, decode)
+    for draw in range(method.plan.max_draws):
+        drawn, positions, passed = _drawn(method, state, streams, positions, wanted)
+        skipped += passed
+        groups, used = rounds(
+            method, state, (recalled if draw == 0 else []) + drawn, sampler, sampling, score, truncation, seed, step, teacher
+        )
         usage += used
-        rewarded += groups
-        known = [g for g in map(with_known_rewards, groups) if g is not None] if method.plan.scored else groups
-        kept += [chosen for g in known if (chosen := method.select(g, state)) is not None]
-        if len(kept) >= batch_size:
+        rewarded += [_sampled_now(g) for g in groups]
+        chosen = [_chosen(method, g, state) for g in groups]
+        if draw == 0:
+            recalled, chosen = [g for g in chosen[: len(recalled)] if g is not None], chosen[len(recalled) :]
+        kept += [g for g in chosen if g is not None]
+        if len(kept) >= wanted:
             break
-    return Collected(kept[:batch_size], rewarded, positions, usage)
+    return Collected(recalled + kept[:wanted], rewarded, positions, usage, skipped)
+
+
+def _recalled(method: Method, state: State, streams: Mapping[str, Stream]) -> list[Group]:
+    """The groups that the plan recalls, whose examples get random numbers of their own."""
+    if method.plan.recall is None:
+        return []
+    every: dict[str, Example] = {}
+
+    def by_id(name: str) -> Example:
+        if not every:
+            every.update({e.id: e for stream in streams.values() for e in stream.examples})
+        return every[name]
+
+    groups = method.plan.recall(state, by_id)
+    return [replace(g, example=replace(g.example, id=f"{g.example.id}@recalled{i}")) for i, g in enumerate(groups)]
+
+
+def _drawn(
+    method: Method, state: State, streams: Mapping[str, Stream], positions: Mapping[str, int], n: int
+) -> tuple[list[Group], dict[str, int], int]:
+    """`n` new groups, where the streams stand after them, and how many examples were passed over."""
+    groups: list[Group] = []
+    after = dict(positions)
+    skipped = 0
+    for stream, share in shares(method.plan.streams(state), n).items():
+        origin = method.plan.origin(stream)
+        if origin not in streams:
+            raise UserError(f"method {method.name} draws from a data stream {origin!r}; the recipe has {', '.join(streams)}")
+        taken, after[origin], passed = _take(method, state, streams[origin], after.get(origin, 0), share)
+        skipped += passed
+        for at, example in taken:
+            _check_brings(method, stream, example)
+            # an example drawn twice in one step still gets random numbers of its own
+            example = replace(example, id=f"{example.id}@{at}")
+            groups.append(Group(example, method.plan.start(example, state), stream))
+    return groups, after, skipped
+
+
+def _take(method: Method, state: State, stream: Stream, start: int, n: int) -> tuple[list[tuple[int, Example]], int, int]:
+    """`n` examples with their positions, the position after the last that was looked at, and how many of these were not taken."""
+    wants = method.plan.wants
+    if wants is None:
+        examples, after = stream.draw(start, n)
+        return list(enumerate(examples, start)), after, 0
+    if n == 0:
+        return [], start, 0
+    examples, after = stream.draw(start, max(len(stream.examples), n))
+    wanted: list[tuple[int, Example]] = []
+    passed: list[tuple[int, Example]] = []
+    for at, example in enumerate(examples, start):
+        (wanted if wants(example, state) else passed).append((at, example))
+        if len(wanted) == n:
+            return wanted, at + 1, len(passed)
+    fill = passed[: n - len(wanted)]
+    return sorted(wanted + fill, key=lambda one: one[0]), after, len(passed) - len(fill)
+
+
+def _chosen(method: Method, group: Group, state: State) -> Group | None:
+    known = with_known_rewards(group) if method.plan.scored else group
+    return None if known is None else method.select(known, state)
+
+
+def _sampled_now(group: Group) -> Group:
+    return replace(group, trajectories=tuple(t for t in group.trajectories if not t.replayed))
+
+
+def _scorer(method: Method, rewards: ScoreGroups | None, decode: Decode | None) -> ScoreGroups | None:
+    """The recipe's rewards, or those of the plan where it has its own."""
+    own = method.plan.reward
+    if own is None:
+        return rewards
+
+    def score(groups: list[Group]) -> list[Group]:
+        def one(g: Group, t: Trajectory) -> Trajectory:
+            unscored = t.reward is None and t.wrote(Source.POLICY)
+            return replace(t, reward=own(g, t, decode or _no_text)) if unscored else t
+
+        return [replace(g, trajectories=tuple(one(g, t) for t in g.trajectories)) for g in groups]
+
+    return score
+
+
+def _no_text(tokens: tuple[int, ...]) -> str:
+    raise ValueError("the method scores completions by their text: collect needs `decode`")
 
 
 def rounds(
@@ -147,8 +231,7 @@ def rounds(
         asked = [(i, request) for i, g in enumerate(groups) for request in method.plan.next(g, state)]
         if not asked:
             break
-        grade = method.plan.grade or rewards
-        if method.plan.scored and (sampler is None or grade is None):
+        if method.plan.scored and (sampler is None or rewards is None):
             raise UserError(f"method {method.name} samples completions: the recipe needs a reward (a task, or `rewards`)")
         prompts = [_prompt(groups[i], request, round_index) for i, request in asked]
         writers = {"policy": sampler, "teacher": teacher}
@@ -168,7 +251,7 @@ def rounds(
         unscored = {i: (groups[i].trajectories if round_index == 0 else ()) + t for i, t in new.items()}
         graded = time.perf_counter()
         new_groups = [replace(groups[i], trajectories=t) for i, t in unscored.items()]
-        scored = new_groups if grade is None else grade(new_groups)
+        scored = new_groups if rewards is None else rewards(new_groups)
         usage += Usage(sampling_seconds=sampled - started, reward_seconds=time.perf_counter() - graded)
         for i, g in zip(unscored, scored, strict=True):
             before = () if round_index == 0 else groups[i].trajectories
@@ -260,7 +343,7 @@ def with_known_rewards(group: Group) -> Group | None:
 
 def _penalised(group: Group, truncation: Truncation) -> Group:
     def penalise(t: Trajectory) -> Trajectory:
-        if truncation.rule != "penalise" or t.finished or t.reward is None or not t.wrote(Source.POLICY):
+        if truncation.rule != "penalise" or t.finished or t.reward is None or t.replayed or not t.wrote(Source.POLICY):
             return t
         return replace(t, reward=t.reward - truncation.penalty)
 

@@ -15,7 +15,7 @@ from crosstrain.rollout.sampler import Sampler, Sampling
 from crosstrain.training.collect import ScoreGroups, Stream, Truncation
 from crosstrain.training.reference import Known
 from crosstrain.training.score import Layout
-from crosstrain.types import Method
+from crosstrain.types import Decode, Method
 from crosstrain.value_head import reader
 
 
@@ -38,6 +38,7 @@ class Engine:
     the same. value_head: read by methods that need `value`; the model's hidden states are the policy's and the critic's alike.
     base: gives the recipe's own weights, by parameter name, for methods whose steps start from them.
     average: the model with an average of past weights. after_update: what is done after every optimizer step.
+    decode: for methods that score completions themselves.
     """
 
     model: Any
@@ -48,6 +49,7 @@ class Engine:
     sampler: Sampler | None = None
     sampling: Sampling = field(default_factory=Sampling)
     rewards: ScoreGroups | None = None
+    decode: Decode | None = None
     truncation: Truncation = field(default_factory=Truncation)
     micro_batch_tokens: int = 4096
     seed: int = 0

@@ -88,8 +88,9 @@ def _measure(engine: Engine, method: Method, optimizer: Optimizer, batch_size: i
     gradients = sum(m.numel() * m.element_size() for m in masters) / 2**30
     adamw = per_parameter * sum(m.numel() for m in masters) * method.updates.steps if update.flops else 0.0
     cost = cost.used_demonstrations(demonstrations).took(adamw)
+    marked = gradients if method.movement is not None else 0.0  # a copy of the weights
     sampling = peak + optimizer.kept_bytes / 2**30  # which was measured before there were any gradients
-    return FirstStep(cost, max(sampling, most, held + gradients) + 2 * gradients)  # AdamW has two moments
+    return FirstStep(cost, max(sampling, most, held + gradients) + 2 * gradients + marked)  # AdamW has two moments
 
 
 def _measure_update(

@@ -37,6 +37,10 @@ PROBE = "grad_norm/"
 """What the name of a probe starts with; the name of a term follows."""
 
 
+MOVED = "moved/"
+"""What the name of a measured movement starts with; the name of a parameter follows."""
+
+
 class NonFinite(RuntimeError):
     """A loss or gradient was NaN or infinite; the message names the step, the term and the examples."""
 
@@ -115,6 +119,8 @@ def train_stage(
         collected = draw(engine, method, settings.batch_size, progress)
         usage = collected.usage
         cost = progress.cost + sampling_cost(engine, usage)
+        if method.movement is not None and (method.movement(progress.state) or not optimizer.marked):
+            optimizer.mark()
         times = {"sampling": usage.sampling_seconds, "reward": usage.reward_seconds, "batch": 0.0}
         lines: list[Mapping[str, float]] = []
         trained, others = 0, Cost()
@@ -145,8 +151,12 @@ def train_stage(
         metrics = {TIME + "backward": 0.0, TIME + "optimizer": 0.0, **merge(lines), **completions}
         metrics |= {TIME + name: seconds for name, seconds in times.items()}
         metrics["frac_groups_dropped"] = 1 - len(collected.groups) / collected.drawn
+        if method.plan.wants is not None:
+            metrics["examples_skipped"] = float(collected.skipped)
         metrics["step_time"] = time.perf_counter() - started
-        progress.state = method.update(progress.state, metrics)
+        moved = {} if method.movement is None else {MOVED + name: far for name, far in optimizer.moved().items()}
+        remembered = method.remember(progress.state, collected.rewarded)
+        progress.state = method.update(remembered, {**metrics, **moved})
         progress.positions = dict(collected.positions)
         progress.cost = (cost + updates).used_demonstrations(demonstrations).took(metrics["step_time"])
         products = body * metrics.get(COMPUTED + "tokens", 0.0) + head * metrics.get(COMPUTED + "predictions", 0.0)
@@ -168,6 +178,7 @@ def draw(engine: Engine, method: Method, batch_size: int, progress: Progress) ->
         sampler=engine.sampler,
         sampling=engine.sampling,
         rewards=engine.rewards,
+        decode=engine.decode,
         truncation=engine.truncation,
         seed=engine.seed,
         step=progress.step,

@@ -92,7 +92,7 @@ class Meter:
             self._add(f"tokens/{source.name}", float(mask.sum()))
             self._add(f"logp/{source.name}", float(logp[mask].sum()))
         if "behaviour_logp" in batch.columns:
-            known = used & ~torch.isnan(batch.columns["behaviour_logp"])
+            known = used & ~torch.isnan(batch.columns["behaviour_logp"]) & ~_replayed(batch)
             # in later inner updates the weights are no longer those that sampled, but the old log-probs still are
             gap = (batch.columns.get("old_logp", logp) - batch.columns["behaviour_logp"])[known].abs()
             self._add("mismatch_tokens", float(known.sum()))
@@ -114,7 +114,7 @@ class Meter:
 
     def add_clipped(self, batch: Batch, weights: Tensor, used: Tensor) -> None:
         """Tokens with an advantage whose gradient a gate closed."""
-        live = used & (batch.source == int(Source.POLICY)) & (batch.advantage != 0)
+        live = used & (batch.source == int(Source.POLICY)) & (batch.advantage != 0) & ~_replayed(batch)
         self._add("live_tokens", float(live.sum()))
         self._add("clipped_tokens", float((live & (weights == 0)).sum()))
 
@@ -178,6 +178,11 @@ class Meter:
 
     def _add(self, name: str, value: float) -> None:
         self.sums[name] = self.sums.get(name, 0.0) + value
+
+
+def _replayed(batch: Batch) -> Tensor:
+    """[B, 1] bool: rows that an earlier policy sampled."""
+    return batch.columns.get("replayed", torch.zeros_like(batch.reward))[:, None] > 0
 
 
 _PAIR_METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "logps/chosen", "logps/rejected")

@@ -16,6 +16,9 @@ from crosstrain.value_head import VALUE_HEAD, named
 
 Precision = Literal["fp32", "mixed", "bf16"]
 
+MARK = "marked"
+"""What the weights that movement is measured from are called among the moments."""
+
 
 class Optimizer:
     """AdamW over a model's trainable parameters, and a value head's, holding the master weights where the policy asks for them.
@@ -30,6 +33,7 @@ class Optimizer:
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = dict(self.trainable)
         self._sums: dict[str, Tensor] = {}
+        self._marks: dict[str, Tensor] = {}
         if precision == "mixed":
             self.masters = {name: p.detach().float().clone() for name, p in self.trainable.items()}
         if precision in ("mixed", "bf16"):
@@ -49,8 +53,11 @@ class Optimizer:
         restart: bool = True,
         value_factor: float = 1.0,
     ) -> None:
-        """Set AdamW's numbers for a stage; `restart` forgets the moments, otherwise they are kept. value_factor: the value head's
-        learning rate, as a multiple of the others'."""
+        """Set AdamW's numbers for a stage; `restart` forgets the moments, otherwise they are kept. Marks are forgotten.
+
+        value_factor: the value head's learning rate, as a multiple of the others'.
+        """
+        self._marks.clear()
         kept = {} if restart else self.moments()
         # as the HF Trainer does: matrices decay, biases and norm weights do not
         body = {name: m for name, m in self.masters.items() if not name.startswith(VALUE_HEAD)}
@@ -75,6 +82,7 @@ class Optimizer:
         self.zero_grad()
         self._sums.clear()
         self.adamw.state.clear()
+        self._marks.clear()
 
     @property
     def kept_bytes(self) -> int:
@@ -113,21 +121,38 @@ class Optimizer:
         if self.precision == "mixed":
             torch._foreach_copy_(list(self.trainable.values()), [self.masters[name] for name in self.trainable])
 
+    @property
+    def marked(self) -> bool:
+        """Whether there are weights to measure movement from."""
+        return bool(self._marks)
+
+    def mark(self) -> None:
+        """Keep the weights as they are now, to measure movement from."""
+        self._marks = {name: m.detach().clone() for name, m in self.masters.items()}
+
+    def moved(self) -> dict[str, float]:
+        """How far each parameter is from what `mark` kept: the root mean square over its entries."""
+        return {
+            name: float((m.detach() - self._marks[name]).float().square().mean().sqrt()) for name, m in self.masters.items()
+        }
+
     def weights(self) -> dict[str, Tensor]:
         """The trained weights at full precision, by parameter name."""
         return {name: m.detach() for name, m in self.masters.items()}
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's state as `<parameter>/<quantity>` tensors; empty before the first step."""
+        """AdamW's state as `<parameter>/<quantity>` tensors, and what `mark` kept; empty before the first step."""
         names = {id(m): name for name, m in self.masters.items()}
-        return {
+        found = {
             f"{names[id(m)]}/{quantity}": value for m, state in self.adamw.state.items() for quantity, value in state.items()
         }
+        return found | {f"{name}/{MARK}": value for name, value in self._marks.items()}
 
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Put back what `weights` and `moments` gave, exactly."""
         self.set_weights(weights)
         self.adamw.state.clear()
+        self._marks.clear()
         self._load_moments(moments)
 
     @torch.no_grad()
@@ -141,7 +166,10 @@ class Optimizer:
         for key, value in moments.items():
             name, _, quantity = key.rpartition("/")
             master = self.masters[name]
-            self.adamw.state[master][quantity] = value.to(master.device, copy=True)
+            if quantity == MARK:
+                self._marks[name] = value.to(master.device, copy=True)
+            else:
+                self.adamw.state[master][quantity] = value.to(master.device, copy=True)
 
 
 def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:

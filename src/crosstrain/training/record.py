@@ -49,10 +49,10 @@ def cut_lines(path: Path, step: int) -> None:
 
 
 def completion_lines(step: int, groups: Iterable[Group], decode: Any, limit: int = 4) -> list[dict[str, Any]]:
-    """The first own completions of a step, as text, for `completions.jsonl`."""
+    """The first own completions that a step sampled, as text, for `completions.jsonl`."""
     lines: list[dict[str, Any]] = []
     for group in groups:
-        for t in group.by(Source.POLICY)[:1]:
+        for t in [t for t in group.by(Source.POLICY) if not t.replayed][:1]:
             lines.append(
                 {
                     "step": step,
