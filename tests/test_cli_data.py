@@ -72,9 +72,9 @@ def test_the_first_batch_is_the_one_that_is_trained_on(world: Path, tmp_path: Pa
     file = recipe(world, {"path": str(world / "rows.jsonl"), "order": {"by": "loss"}}, seed=3)
     folder = crosstrain.train(file, tmp_path / "run").folder
     batch = said(file).split("first batch of 4 at seed 3")[1]
-    prompts = 4 * 2
-    answers = batch.count("x") + batch.count("<|im_end|>")
-    assert read_lines(folder / "metrics.jsonl")[0]["cost/processed_tokens"] == prompts + answers
+    looked_at = 6 * 2 + (1 + 2 + 3 + 4 + 5 + 1) + 6  # prompts, answers and their ends of all rows, for their losses
+    trained = 4 * 2 + batch.count("x") + batch.count("<|im_end|>")
+    assert read_lines(folder / "metrics.jsonl")[0]["cost/processed_tokens"] == looked_at + trained
 
 
 def test_streams_and_tasks(world: Path) -> None:

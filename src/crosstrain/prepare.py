@@ -10,6 +10,7 @@ import torch
 from crosstrain import assemble
 from crosstrain.config import Recipe
 from crosstrain.models import resolve_device
+from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine
 from crosstrain.training.optimizer import Optimizer, Precision
 from crosstrain.training.reference import Known, known_reference
@@ -18,7 +19,7 @@ from crosstrain.types import Method
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe's model under its precision policy, its data and its methods, one per stage."""
+    """A recipe's model under its precision policy, its data and its methods, one per stage; data_cost: what choosing them cost."""
 
     device: torch.device
     methods: tuple[Method, ...]
@@ -27,6 +28,7 @@ class Prepared:
     loaded: assemble.Loaded
     precision: Precision
     optimizer: Optimizer
+    data_cost: Cost
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -40,7 +42,8 @@ def prepare(recipe: Recipe) -> Prepared:
         assemble.check_reference(recipe, method, i)
     assemble.check_evaluation(recipe, tokenizer)
     precision = assemble.resolve_precision(recipe, device)
-    return Prepared(device, methods, model, tokenizer, loaded, precision, Optimizer(model, precision))
+    cost = assemble.cost_of_data(recipe, loaded, model)
+    return Prepared(device, methods, model, tokenizer, loaded, precision, Optimizer(model, precision), cost)
 
 
 def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:

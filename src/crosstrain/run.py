@@ -100,7 +100,7 @@ class _Run:
         self.loaded, self.precision, self.optimizer = ready.loaded, ready.precision, ready.optimizer
         self.peak_memory_gb = 0.0
         self.known: dict[int, Known] = {}
-        self.progress = Progress()
+        self.progress = Progress(cost=ready.data_cost)
         self.plateau = Plateau()
         self.best: dict[str, Any] = {}
         self.started = False
@@ -204,7 +204,7 @@ class _Run:
         if stage.restart_schedule:
             self.progress.optimizer_steps = 0
         self.progress.stage_step = self.progress.idle = 0
-        self.progress.stage_cost = self.progress.cost
+        self.progress.stage_cost = Cost() if first else self.progress.cost  # the first is charged for what data cost
         self.progress.state = method.init()
         self.plateau = Plateau()
         self.started = True
