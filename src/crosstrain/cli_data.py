@@ -81,7 +81,7 @@ def _done(part: Part, spec: DataSpec) -> list[str]:
         )
     if spec.order is not None and part.difficulty is not None and isinstance(part.stream, Curriculum):
         by = spec.order.column if spec.order.by == "column" else spec.order.by
-        pace = f"{spec.order.pacing} from {part.stream.pool(0)} rows to all over {part.stream.paced} draws"
+        pace = f"{spec.order.pacing}, a pool of {part.stream.pool(0)} that grows to all over {part.stream.paced} draws"
         pace = pace if part.stream.paced else "sorted"
         first = ", ".join(f"{part.rows[i].where} ({part.difficulty[i]:g})" for i in part.stream.ranking[:NAMED])
         said.append(f"order: by {by}, {spec.order.direction.replace('_', ' ')}, {pace}; first {first}")
