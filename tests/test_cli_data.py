@@ -60,7 +60,7 @@ def test_a_mixture_with_filter_selection_and_curriculum(world: Path) -> None:
     assert "  rows.jsonl: 5 rows, share 75.0%, 3 of the first 4\n" in shown
     assert f"    filter keeps 5 of 6 rows; deduplicate took 1, first {file}:6\n" in shown
     easy = f"first {file}:5 (-4), {file}:4 (-3), {file}:3 (-2)"
-    assert f"    order: by grade, easy first, linear from 1 rows to all over 5 draws; {easy}\n" in shown
+    assert f"    order: by grade, easy first, linear, a pool of 1 that grows to all over 5 draws; {easy}\n" in shown
     assert "  other.jsonl: 2 rows, share 25.0%, 1 of the first 4\n" in shown
     assert f"    select: fisher takes 2 of 3, first {other}:" in shown
     assert "    order: by length, easy first, sorted; first " in shown
@@ -72,9 +72,9 @@ def test_the_first_batch_is_the_one_that_is_trained_on(world: Path, tmp_path: Pa
     file = recipe(world, {"path": str(world / "rows.jsonl"), "order": {"by": "loss"}}, seed=3)
     folder = crosstrain.train(file, tmp_path / "run").folder
     batch = said(file).split("first batch of 4 at seed 3")[1]
-    prompts = 4 * 2
-    answers = batch.count("x") + batch.count("<|im_end|>")
-    assert read_lines(folder / "metrics.jsonl")[0]["cost/processed_tokens"] == prompts + answers
+    looked_at = 6 * 2 + (1 + 2 + 3 + 4 + 5 + 1) + 6  # prompts, answers and their ends of all rows, for their losses
+    trained = 4 * 2 + batch.count("x") + batch.count("<|im_end|>")
+    assert read_lines(folder / "metrics.jsonl")[0]["cost/processed_tokens"] == looked_at + trained
 
 
 def test_streams_and_tasks(world: Path) -> None:

@@ -425,3 +425,38 @@ def test_a_run_with_all_of_it_records_what_was_done(world: Path, tmp_path: Path)
         recipe(world, {"mixture": [str(world / "rows.jsonl"), str(world / "other.jsonl")]}), tmp_path / "p"
     )
     assert "data_report" in json.loads((plain.folder / "record.json").read_text())
+
+
+def test_what_choosing_costs_is_charged_to_the_first_stage(world: Path, tmp_path: Path) -> None:
+    path = str(world / "rows.jsonl")
+    spec = {"path": path, "select": {"rule": "fisher", "size": 4}, "order": "loss"}
+    plain, chosen = loaded(world, path), loaded(world, spec)
+    every, left = ([len(t.tokens) for e in one.stream.examples for t in e.expert] for one in (plain, chosen))
+    assert (plain.looked_at, chosen.looked_at) == (0, sum(every) + sum(left))
+    assert loaded(world, {"path": path, "select": {"rule": "random", "size": 4}, "order": "length"}).looked_at == 0
+    budget = {"unit": "processed_tokens", "amount": chosen.looked_at + 1}
+    made = recipe(world, spec, max_steps=None, budget=budget)
+    folder = crosstrain.train(made, tmp_path / "run").folder
+    (line,) = read_lines(folder / "metrics.jsonl")  # one step is over the budget
+    trained = [len(t.tokens) for e in chosen.stream.draw(0, 4)[0] for t in e.expert]
+    assert line["cost/processed_tokens"] == chosen.looked_at + sum(trained)
+    parameters = json.loads((folder / "record.json").read_text())["parameters"]
+    assert line["cost/flops"] == pytest.approx(2 * parameters * chosen.looked_at + 6 * parameters * sum(trained))
+    with pytest.raises(
+        UserError, match=r"budget: choosing and ordering rows .* takes \d+ processed_tokens of the first stage's"
+    ):
+        crosstrain.train(recipe(world, spec, max_steps=None, budget={**budget, "amount": chosen.looked_at}), tmp_path / "less")
+
+
+def test_fisher_covers_what_a_crowd_of_copies_hides(world: Path, tmp_path: Path) -> None:
+    """30 copies of one row among one each of 6 others: of 7 rows, fisher takes each kind once, and chance mostly copies."""
+    rows = [{"prompt": "p", "completion": "a" * 8}] * 30
+    rows[5:5] = [{"prompt": "p", "completion": c * 8} for c in "bcdefg"]
+    write(tmp_path / "crowd.jsonl", rows)
+
+    def covered(rule: str, seed: int = 0) -> int:
+        one = loaded(world, {"path": str(tmp_path / "crowd.jsonl"), "select": {"rule": rule, "size": 7}}, seed=seed)
+        return len({row.completion for part in one.parts for row in part.rows})
+
+    assert covered("fisher") == 7
+    assert max(covered("random", seed) for seed in range(5)) < 6

@@ -39,7 +39,8 @@ from crosstrain.types import Example, Group, Method
 class Loaded:
     """The data of a recipe: a stream of tokenized examples and the content's hash, by stream name.
 
-    reports: what was done to the rows of each source, of the streams that filter, choose, order or mix.
+    reports: what was done to the rows of each source, of the streams that filter, choose, order or mix. looked_at: tokens that went
+    through the untrained model for that.
     """
 
     streams: Mapping[str, Stream | Curriculum | Mixture]
@@ -47,6 +48,7 @@ class Loaded:
     rows: Mapping[str, int]
     warnings: tuple[str, ...]
     reports: Mapping[str, list[dict[str, Any]]]
+    looked_at: int
 
 
 def resolve_precision(recipe: Recipe, device: torch.device) -> Precision:
@@ -149,6 +151,7 @@ def load_streams(recipe: Recipe, tokenizer: Any, model: Any, methods: Sequence[M
         rows={name: one.rows for name, one in found.items()},
         warnings=tuple(text for one in found.values() for text in one.warnings),
         reports={name: one.report for name, one in found.items() if one.report},
+        looked_at=sum(one.looked_at for one in found.values()),
     )
 
 
@@ -205,6 +208,20 @@ def check_data(method: Method, loaded: Loaded) -> None:
                 f"method {method.name} needs {what[needs]}, which {len(lacking)} of {len(examples)} rows of {name!r} lack: "
                 f"{', '.join(lacking[:5])}"
             )
+
+
+def cost_of_data(recipe: Recipe, loaded: Loaded, model: Any) -> Cost:
+    """What choosing and ordering rows by the untrained model costs, read from the cache or not; the first stage's budget is charged
+    for it. UserError when nothing of that would be left."""
+    cost = Cost().forward(loaded.looked_at, sum(p.numel() for p in model.parameters()))
+    settings = stage_settings(recipe, recipe.stages[0])
+    spent = 0.0 if settings.budget_unit is None else getattr(cost, settings.budget_unit)
+    if spent >= settings.budget_amount:
+        raise UserError(
+            f"budget: choosing and ordering rows by the untrained model takes {spent:g} {settings.budget_unit} of the first "
+            f"stage's {settings.budget_amount:g}; raise it, or give the stream a smaller `size`"
+        )
+    return cost
 
 
 def check_rewards(method: Method, rewards: object | None) -> None:

@@ -51,7 +51,7 @@ def first_batch(name: str, recipe: Recipe) -> int:
     """How many examples the first stage that draws from a stream takes for its first step; a few where none does."""
     for stage in recipe.stages:
         method = assemble.stage_method(stage)
-        wanted = shares(method.plan.streams(method.init()), stage.batch_size)
+        wanted = {method.plan.origin(s): n for s, n in shares(method.plan.streams(method.init()), stage.batch_size).items()}
         if wanted.get(name):
             return wanted[name]
     return BATCH
@@ -81,7 +81,7 @@ def _done(part: Part, spec: DataSpec) -> list[str]:
         )
     if spec.order is not None and part.difficulty is not None and isinstance(part.stream, Curriculum):
         by = spec.order.column if spec.order.by == "column" else spec.order.by
-        pace = f"{spec.order.pacing} from {part.stream.pool(0)} rows to all over {part.stream.paced} draws"
+        pace = f"{spec.order.pacing}, a pool of {part.stream.pool(0)} that grows to all over {part.stream.paced} draws"
         pace = pace if part.stream.paced else "sorted"
         first = ", ".join(f"{part.rows[i].where} ({part.difficulty[i]:g})" for i in part.stream.ranking[:NAMED])
         said.append(f"order: by {by}, {spec.order.direction.replace('_', ' ')}, {pace}; first {first}")

@@ -29,6 +29,7 @@ class Part:
 
     rows: those that are drawn from. filtered, chosen, difficulty (of each row): as the recipe asks for them, None where it does
     not. chosen_of: how many there were to choose from. chosen_where: file:row of the chosen, in the order in which they were.
+    looked_at: tokens that went through the untrained model for it.
     """
 
     label: str
@@ -39,6 +40,7 @@ class Part:
     chosen_of: int = 0
     chosen_where: tuple[str, ...] = ()
     difficulty: tuple[float, ...] | None = None
+    looked_at: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class LoadedStream:
     def rows(self) -> int:
         """How many rows are drawn from."""
         return sum(len(part.rows) for part in self.parts)
+
+    @property
+    def looked_at(self) -> int:
+        """Tokens that went through the untrained model to choose rows and to order them."""
+        return sum(part.looked_at for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -137,14 +144,16 @@ def _part(
     )
     pool = tuple(rows[i] for i in kept)
     chosen = None if spec.select is None else _choose(at, spec.select, examples, recipe, model)
+    looked_at = _tokens(examples) if spec.select is not None and spec.select.rule != "random" else 0
     indices = range(len(pool)) if chosen is None else sorted(chosen.rows)
     left, examples = tuple(pool[i] for i in indices), tuple(examples[i] for i in indices)
     where = () if chosen is None else tuple(pool[i].where for i in chosen.rows)
     if spec.order is None:
-        return Part(label, Stream(at.name, examples, at.seed), left, filtered, chosen, len(pool), where)
+        return Part(label, Stream(at.name, examples, at.seed), left, filtered, chosen, len(pool), where, None, looked_at)
     o, difficulty = spec.order, _difficulty(at, spec.order, left, examples, recipe, model)
+    looked_at += _tokens(examples) if o.by == "loss" else 0
     stream = Curriculum(at.name, examples, ranking(difficulty, o.direction), o.pacing, o.start, o.until, at.seed)
-    return Part(label, stream, left, filtered, chosen, len(pool), where, difficulty)
+    return Part(label, stream, left, filtered, chosen, len(pool), where, difficulty, looked_at)
 
 
 def _choose(at: _Place, select: SelectSpec, examples: Sequence[Example], recipe: Recipe, model: Any) -> Chosen:
@@ -181,6 +190,10 @@ def _check_answers(where: str, examples: Sequence[Example]) -> None:
 def _trained(example: Example) -> list[int]:
     """Trained tokens of each answer."""
     return [sum(s != Source.PROMPT for s in t.source) for t in example.expert]
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(len(t.tokens) for e in examples for t in e.expert)
 
 
 def _labels(spec: DataSpec) -> tuple[str, ...]:

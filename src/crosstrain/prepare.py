@@ -12,6 +12,7 @@ from torch import nn
 from crosstrain import assemble
 from crosstrain.config import Recipe
 from crosstrain.models import resolve_device
+from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine, Teacher
 from crosstrain.training.optimizer import Optimizer, Precision
 from crosstrain.training.reference import Known, known_reference
@@ -21,7 +22,7 @@ from crosstrain.value_head import make_value_head
 
 @dataclass(frozen=True)
 class Prepared:
-    """A recipe's model under its precision policy, its data and its methods, one per stage."""
+    """A recipe's model under its precision policy, its data and its methods, one per stage; data_cost: what choosing them cost."""
 
     device: torch.device
     methods: tuple[Method, ...]
@@ -30,6 +31,7 @@ class Prepared:
     loaded: assemble.Loaded
     precision: Precision
     optimizer: Optimizer
+    data_cost: Cost
     value_head: nn.Linear | None = None
     teacher: Teacher | None = None
 
@@ -49,7 +51,9 @@ def prepare(recipe: Recipe) -> Prepared:
     teacher = assemble.load_teacher(recipe, methods, tokenizer, vocabulary, device)
     precision = assemble.resolve_precision(recipe, device)
     head = make_value_head(model) if any("value" in method.needs for method in methods) else None
-    return Prepared(device, methods, model, tokenizer, loaded, precision, Optimizer(model, precision, head), head, teacher)
+    cost = assemble.cost_of_data(recipe, loaded, model)
+    optimizer = Optimizer(model, precision, head)
+    return Prepared(device, methods, model, tokenizer, loaded, precision, optimizer, cost, head, teacher)
 
 
 def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:

@@ -104,7 +104,7 @@ class _Run:
         self.peak_memory_gb = 0.0
         self.known: dict[int, Known] = {}
         self.average: Average | None = None
-        self.progress = Progress()
+        self.progress = Progress(cost=ready.data_cost)
         self.watch = Watch()
         self.best: dict[str, Any] = {}
         self.started = False
@@ -224,7 +224,7 @@ class _Run:
         if stage.restart_schedule:
             self.progress.optimizer_steps = 0
         self.progress.stage_step = self.progress.idle = 0
-        self.progress.stage_cost = self.progress.cost
+        self.progress.stage_cost = Cost() if first else self.progress.cost  # the first is charged for what data cost
         self.progress.state = method.init()
         self.average = None if method.average is None else Average(self.model, self.optimizer.weights())
         self.watch = Watch()
