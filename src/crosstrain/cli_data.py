@@ -51,9 +51,9 @@ def first_batch(name: str, recipe: Recipe) -> int:
     """How many examples the first stage that draws from a stream takes for its first step; a few where none does."""
     for stage in recipe.stages:
         method = assemble.stage_method(stage)
-        wanted = {method.plan.origin(s): n for s, n in shares(method.plan.streams(method.init()), stage.batch_size).items()}
-        if wanted.get(name):
-            return wanted[name]
+        wanted = shares(method.plan.streams(method.init()), stage.batch_size)
+        if drawn := sum(n for stream, n in wanted.items() if method.plan.origin(stream) == name):
+            return drawn
     return BATCH
 
 
