@@ -447,6 +447,7 @@ def test_mifo_freezes_what_moved_most_in_the_last_rl_phase() -> None:
     state = after(state, [rolled("a", 0)], a=4.0, b=3.0, c=2.0, d=1.0)
     assert [n for n in "abcd" if method.grad_mask(state)(n)] == ["a", "b"], "the distance over the phase, at its end"
     state = after(state, [rolled("a")], a=9.0, b=9.0, c=9.0, d=9.0)
+    assert state["moved"] == {}, "another imitation at once would count it twice"
     assert method.movement(state) and state["past"] == {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}, "imitation is no part of it"
     state = after(state, [rolled("b", 0)], a=0.0, b=0.6, c=0.2, d=1.8)
     assert importance(state, 0.5) == pytest.approx({"a": 2.0, "b": 2.1, "c": 1.2, "d": 2.3})
@@ -512,6 +513,13 @@ def test_bread_goes_on_from_the_shortest_beginning_in_the_band() -> None:
     assert torch.equal(found.weights, alone.weights) and float(found.weights[:, :12].abs().max()) == 0
     a = 0.75 / (0.5 + 1e-6)
     assert found.weights[0, 12:].tolist() == pytest.approx([a / 8] * 2)
+
+
+def test_bread_leaves_out_what_was_solved_too_rarely() -> None:
+    method, example = load_method("bread", num_generations=4, lowest=0.5), demonstrated("a", 20)
+    g, asked = played(method, example, {0: (0,) * 4, 10: (1, 0, 0, 0), 14: (1,) * 4, 12: (1, 1, 0, 0)})
+    kept = method.select(g, {})
+    assert [n for _, n in asked] == [0, 10, 14, 12] and kept is not None and kept.trajectories[0].source.count(Source.EXPERT) == 12
 
 
 def test_bread_takes_more_than_enough_over_nothing_and_keeps_the_group_where_nothing_helps() -> None:

@@ -142,7 +142,7 @@ def draw(state: State, n: int, target: float, std: float) -> list[str]:
     the largest u^(1 / chance) are a draw without replacement.
     """
     memory: Mapping[str, Any] = state["memory"]
-    rates = {name: memory[name]["rate"] for name in sorted(memory) if memory[name]["rate"] > 0}
+    rates = {name: memory[name]["rate"] for name in memory if memory[name]["rate"] > 0}
     alike = Counter(rates.values())
 
     def key(name: str) -> tuple[float, str]:
