@@ -9,10 +9,11 @@ into micro-batches, padding, order or layout changes them.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from crosstrain.training.columns import no_grad_scores
 from crosstrain.training.engine import Engine
 from crosstrain.training.loop import NonFinite, backward
 from crosstrain.training.metrics import Meter
-from crosstrain.types import Batch, Example, Group, Method, Scores, Source, Trajectory
+from crosstrain.types import Batch, Channel, Example, Group, Method, Scores, Source, Trajectory
 
 VOCABULARY = 61
 
@@ -144,7 +145,9 @@ def made_up_examples(method: Method, n: int = 8, seed: int = 0) -> list[Example]
         def answer(reward: float | None, prompt: tuple[int, ...] = prompt) -> Trajectory:
             tokens = (*(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, 5))), 2)
             source = (Source.PROMPT,) * len(prompt) + (Source.EXPERT,) * len(tokens)
-            return Trajectory(prompt + tokens, source, reward=reward)
+            known = tuple(-0.5 - (token % 5) for token in tokens)  # as some other model might have found them
+            behaviour = (math.nan,) * len(prompt) + known
+            return Trajectory(prompt + tokens, source, reward=reward, behaviour_logp=behaviour)
 
         expert = {
             "pair": lambda: (answer(1.0), answer(0.0)),
@@ -202,8 +205,10 @@ def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 
         off = torch.where(batch.trained, logp + noise.to(logp), torch.full_like(logp, math.nan))
         batch = batch.with_columns(**{name: off})
 
-    def look(other: Batch, *, of: Literal["current", "reference"] = "current") -> Scores:
-        found = no_grad_scores(engine, method, other, watch=True)
+    def look(
+        other: Batch, *, of: Literal["current", "reference"] = "current", channels: Mapping[str, Channel] | None = None
+    ) -> Scores:
+        found = no_grad_scores(engine, method, other, watch=True, channels=channels)
         return Scores(found.logp - 0.1) if of == "reference" else found  # a reference that finds everything less likely
 
     for name, build in method.columns.items():
@@ -215,7 +220,7 @@ def gradient(
     method: Method, model: Any, batch: Batch, *, layout: str = "plain", micro_batches: Sequence[Tensor] | None = None
 ) -> dict[str, Tensor]:
     """The method's gradient on all of the model's parameters, by name, from the loop's own backward."""
-    engine = _engine(model, layout=layout)
+    engine, method = _engine(model, layout=layout), method.at(method.init())
     counts = count(method.terms, batch, groups=len(torch.unique(batch.group)))
     model.zero_grad(set_to_none=True)
     for index in micro_batches if micro_batches is not None else [torch.arange(len(batch))]:
@@ -231,6 +236,7 @@ def _engine(model: Any, layout: str = "plain", micro_batch_tokens: int = 4096) -
         device=next(model.parameters()).device,
         streams={},
         micro_batch_tokens=micro_batch_tokens,
+        frozen_embeddings=copy.deepcopy(model.get_input_embeddings()).requires_grad_(False),
     )
 
 
@@ -309,14 +315,14 @@ def unrelated_rows_leak_nothing(method: Method, model: Any, tolerance: float) ->
     """Other groups in the batch only change a gradient through the counted denominators."""
     batch = made_up_batch(method, model)
     counts = count(method.terms, batch, groups=len(torch.unique(batch.group)))
-    groups = torch.unique(batch.group)
+    groups, now = torch.unique(batch.group), method.at(method.init())
     total: dict[str, Tensor] = {}
     engine = _engine(model)
     for g in groups:  # each group alone, its advantage made on the whole batch, under the whole batch's counts
         model.zero_grad(set_to_none=True)
         alone = batch.rows(torch.nonzero(batch.group == g).flatten())
         kept = int(alone.length.max())
-        backward(engine, method, _trimmed(alone, kept), counts, Meter())
+        backward(engine, now, _trimmed(alone, kept), counts, Meter())
         for name, p in model.named_parameters():
             if p.grad is not None:
                 total[name] = total.get(name, torch.zeros_like(p)) + p.grad

@@ -304,17 +304,25 @@ class Scores:
     computed_predictions: int = 0
 
 
-class Look(Protocol):
-    """Scores of any batch without gradient, for building columns: `look(batch)` those of the current policy, its `entropy` among
-    them; `look(batch, of="reference")` those of the frozen reference. Each is a forward pass, and is counted as one."""
+Channel = Callable[[Tensor, Tensor], Tensor]
+"""A full-vocabulary functional: (logits [M, V] in at least fp32, targets [M]) -> [M], with gradient."""
 
-    def __call__(self, batch: Batch, *, of: Literal["current", "reference"] = "current") -> Scores:
+
+class Look(Protocol):
+    """Scores of any batch without gradient, for building columns: `look(batch)` those of the current policy, its `entropy` and the
+    asked `channels` among them; `look(batch, of="reference")` those of the frozen reference. Each is a forward pass, and is counted
+    as one."""
+
+    def __call__(
+        self,
+        batch: Batch,
+        *,
+        of: Literal["current", "reference"] = "current",
+        channels: Mapping[str, Channel] | None = None,
+    ) -> Scores:
         """The scores."""
         ...
 
-
-Channel = Callable[[Tensor, Tensor], Tensor]
-"""A full-vocabulary functional: (logits [M, V] in at least fp32, targets [M]) -> [M], with gradient."""
 
 On = Callable[[Batch], Tensor]
 """Which entries a term is on: [B, T] bool, a function of the data only."""
@@ -376,6 +384,11 @@ class Term:
         """The coefficient at an optimizer step."""
         return float(self.coef(step)) if callable(self.coef) else float(self.coef)
 
+    def scaled(self, factor: float) -> Term:
+        """The term with its coefficient times `factor`."""
+        coef = self.coef
+        return replace(self, coef=(lambda step: factor * coef(step)) if callable(coef) else factor * coef)
+
 
 @dataclass(frozen=True)
 class Updates:
@@ -429,6 +442,9 @@ class Method:
     columns: builders of further no-gradient columns by name, `(look, batch) -> [B, T] or [B]` (KTO's mismatched pairs).
     channels: full-vocabulary functionals of its own by name, computed inside the head, chunk by chunk, with gradient (GEM).
     embed: changes the input embeddings in training, `(embeddings [N, L, D], batch) -> same` (NEFTune).
+    inputs: makes the input embeddings itself, in training and for its columns, from the table of the weights that the run started
+        with: `(table, batch) -> [B, T, D]`, table being ids to embeddings (IFT).
+    coefs: factors of the terms' coefficients that follow from the state, by term name (AMFT's mixing weight).
     grad_mask: parameters to leave alone at a step, by state (MIFO).
     probes: quantities to measure at every step and hand to `update`: `grad_norm/<term>`, the norm of that term's gradient alone.
     name, settings, paper: how it was made, for records.
@@ -446,6 +462,8 @@ class Method:
     columns: Mapping[str, Callable[[Look, Batch], Tensor]] = field(default_factory=dict)
     channels: Mapping[str, Channel] = field(default_factory=dict)
     embed: Callable[[Tensor, Batch], Tensor] | None = None
+    inputs: Callable[[Callable[[Tensor], Tensor], Batch], Tensor] | None = None
+    coefs: Callable[[State], Mapping[str, float]] | None = None
     grad_mask: Callable[[State], Callable[[str], bool]] | None = None
     probes: tuple[str, ...] = ()
     name: str = ""
@@ -456,3 +474,10 @@ class Method:
     def needs(self) -> frozenset[str]:
         """Everything the terms read beside `logp`."""
         return frozenset().union(*(term.needs for term in self.terms))
+
+    def at(self, state: State) -> Method:
+        """The method with the coefficients that its terms have at a state."""
+        if self.coefs is None:
+            return self
+        factors = self.coefs(state)
+        return replace(self, terms=tuple(t.scaled(factors[t.name]) if t.name in factors else t for t in self.terms))

@@ -117,6 +117,7 @@ def learn(method: Method, model: Any, bandit: Bandit, *, steps: int, seed: int =
         rewards=bandit.rewards,
         seed=seed,
         reference=lambda: nullcontext(frozen),
+        frozen_embeddings=frozen.get_input_embeddings().requires_grad_(False),
     )
     settings = StageSettings(batch_size=len(bandit.right), learning_rate=5e-3, max_steps=steps)
     progress = Progress(state=method.init())

@@ -21,7 +21,7 @@ class Engine:
     """What a stage runs on: the model and everything around it that no step changes.
 
     known_reference: the reference's log-probs of all data, in place of the reference itself; a budget is charged for its passes all
-    the same.
+    the same. frozen_embeddings: ids to input embeddings by the weights that the run started with, where a method asks for them.
     """
 
     model: Any
@@ -37,6 +37,7 @@ class Engine:
     seed: int = 0
     reference: Callable[[], AbstractContextManager[Any]] | None = None
     known_reference: Known | None = None
+    frozen_embeddings: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 def temperature_of(engine: Engine, method: Method) -> float:

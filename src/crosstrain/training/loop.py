@@ -21,7 +21,7 @@ from crosstrain.objective.reduce import count, term_loss
 from crosstrain.objective.schedules import learning_rate_factor
 from crosstrain.training.batching import cut, distinct_demonstrations, distinct_tokens, to_batch, with_advantage
 from crosstrain.training.collect import Collected, collect
-from crosstrain.training.columns import add_columns
+from crosstrain.training.columns import add_columns, inputs_of
 from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine, temperature_of
 from crosstrain.training.metrics import COMPUTED, TIME, Meter, merge, rollout_metrics, without_logp_difference
@@ -32,8 +32,8 @@ from crosstrain.training.tally import Tally
 from crosstrain.training.timing import clock
 from crosstrain.types import Batch, Group, Method, State
 
-PROBE = "grad_norm/"
-"""What the name of a probe starts with; the name of a term follows."""
+PROBE, COEF = "grad_norm/", "coef/"
+"""What the name of a probe, and of a coefficient that follows from a method's state, starts with; the name of a term follows."""
 
 
 class NonFinite(RuntimeError):
@@ -142,6 +142,8 @@ def train_stage(
         metrics |= {TIME + name: seconds for name, seconds in times.items()}
         metrics["frac_groups_dropped"] = 1 - len(collected.groups) / collected.drawn
         metrics["step_time"] = time.perf_counter() - started
+        if method.coefs is not None:
+            metrics |= {COEF + name: factor for name, factor in method.coefs(progress.state).items()}
         progress.state = method.update(progress.state, metrics)
         progress.positions = dict(collected.positions)
         progress.cost = (cost + updates).used_demonstrations(demonstrations).took(metrics["step_time"])
@@ -225,7 +227,7 @@ def update(
     collected: Collected,
 ) -> dict[str, float] | None:
     """One optimizer step on a batch: its metrics, or None when every term is empty (Adam's momentum must not move weights)."""
-    batch = replace(batch, step=progress.optimizer_steps)
+    batch, method = replace(batch, step=progress.optimizer_steps), method.at(progress.state)
     counts = denominators(method, batch, collected)
     if not any(counts.values()):
         return None
@@ -300,7 +302,7 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
         watch=True,
         temperature=temperature_of(engine, method),
         layout=engine.layout,
-        embed=method.embed,
+        embed=inputs_of(engine, method) or method.embed,
     )
     inputs = [scores.logp, *(scores.channels[name] for name in channels)]
     gradients: list[Tensor] = [torch.zeros_like(x) for x in inputs]
