@@ -67,7 +67,7 @@ def given_of(batch: Batch, logp: Tensor) -> GivenBatch:
             "logp": logp[r, :n].tolist(),
             "reward": None if math.isnan(float(batch.reward[r])) else float(batch.reward[r]),
         }
-        for name in ("old_logp", "ref_logp", "entropy"):
+        for name in ("old_logp", "ref_logp", "behaviour_logp", "entropy"):
             if name in batch.columns:
                 row[name] = batch.columns[name][r, :n].nan_to_num().tolist()
         groups.setdefault(int(batch.group[r]), []).append(row)
