@@ -208,6 +208,13 @@ def check_data(method: Method, loaded: Loaded) -> None:
                 f"method {method.name} needs {what[needs]}, which {len(lacking)} of {len(examples)} rows of {name!r} lack: "
                 f"{', '.join(lacking[:5])}"
             )
+        if "behaviour_logp" in method.needs and not method.plan.samples:
+            unknown = [e.where or e.id for e in examples if not all(t.behaviour_logp for t in e.expert)]
+            if unknown:
+                raise UserError(
+                    f"method {method.name} needs the column `behaviour_logp` (the log-probs of a demonstration's tokens under the "
+                    f"model that wrote it), which {len(unknown)} of {len(examples)} rows of {name!r} lack: {', '.join(unknown[:5])}"
+                )
 
 
 def cost_of_data(recipe: Recipe, loaded: Loaded, model: Any) -> Cost:

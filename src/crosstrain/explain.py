@@ -21,7 +21,7 @@ from crosstrain.errors import UserError
 from crosstrain.objective.reduce import count, term_loss
 from crosstrain.training.batching import to_batch, with_advantage
 from crosstrain.training.collect import with_known_rewards
-from crosstrain.types import Batch, Example, Group, Method, Scores, Source, Trajectory, Weights
+from crosstrain.types import Batch, Channel, Example, Group, Method, Scores, Source, Trajectory, Weights
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -102,6 +102,7 @@ def explain(method: Method, given: GivenBatch) -> dict[str, Any]:
             "what it does"
         )
     state = method.init() if given.state is None else given.state
+    method = method.at(state)
     groups = [_group(i, g) for i, g in enumerate(given.groups)]
     kept = [(i, chosen) for i, g in enumerate(groups) if (chosen := _selected(method, g, state)) is not None]
     answer: dict[str, Any] = {
@@ -231,7 +232,12 @@ def _with_columns(method: Method, batch: Batch, at: Sequence[tuple[int, int]], r
         raise UserError(f"method {method.name} needs {', '.join(sorted(missing))}, which cannot be given here")
     logp = _rectangle(batch, [t.logp for t in rows]).nan_to_num()
 
-    def look(other: Batch, *, of: Weights = "current") -> Scores:
+    def look(other: Batch, *, of: Weights = "current", channels: Mapping[str, Channel] | None = None) -> Scores:
+        if channels:
+            raise UserError(
+                f"method {method.name} looks at the whole next-token distribution ({', '.join(sorted(channels))}): log-probs of "
+                "single tokens cannot show what it does"
+            )
         if other is not batch:
             raise UserError(
                 f"method {method.name} scores sequences that are not in the batch; log-probs of these are not given"

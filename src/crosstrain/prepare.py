@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -67,6 +68,8 @@ def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
     engine = assemble.make_engine(recipe, ready.model, ready.tokenizer, ready.loaded, rewards, ready.device, samples=samples)
     base = partial(assemble.base_weights, recipe, ready.device, ready.optimizer.masters)
     engine = replace(engine, value_head=ready.value_head, teacher=ready.teacher, base=base)
+    if any(method.inputs is not None for method in ready.methods):
+        engine = replace(engine, frozen_embeddings=deepcopy(ready.model.get_input_embeddings()).requires_grad_(False))
     stages = zip(recipe.stages, ready.methods, strict=True)
     if not any(_kept(method) and not stage.precompute_ref_log_probs for stage, method in stages):
         return engine

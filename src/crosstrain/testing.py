@@ -9,10 +9,11 @@ into micro-batches, padding, order or layout changes them.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from crosstrain.training.columns import no_grad_scores, teacher_scores
 from crosstrain.training.engine import Engine, Teacher
 from crosstrain.training.loop import NonFinite, backward
 from crosstrain.training.metrics import Meter
-from crosstrain.types import Batch, Example, Group, Method, Scores, Source, State, Trajectory, Weights
+from crosstrain.types import Batch, Channel, Example, Group, Method, Scores, Source, State, Trajectory, Weights
 from crosstrain.value_head import make_value_head, named
 
 VOCABULARY = 61
@@ -153,7 +154,9 @@ def made_up_examples(method: Method, n: int = 8, seed: int = 0) -> list[Example]
         def answer(reward: float | None, prompt: tuple[int, ...] = prompt, contexts: Any = contexts) -> Trajectory:
             tokens = (*(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(1, 5))), 2)
             source = (Source.PROMPT,) * len(prompt) + (Source.EXPERT,) * len(tokens)
-            return Trajectory(prompt + tokens, source, reward=reward, contexts=contexts)
+            known = tuple(-0.5 - (token % 5) for token in tokens)  # as some other model might have found them
+            behaviour = (math.nan,) * len(prompt) + known
+            return Trajectory(prompt + tokens, source, reward=reward, behaviour_logp=behaviour, contexts=contexts)
 
         expert = {
             "pair": lambda: (answer(1.0), answer(0.0)),
@@ -233,10 +236,10 @@ def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 
     if "teacher_logp" in method.needs:
         batch = batch.with_columns(teacher_logp=teacher_scores(engine, method, batch).logp)
 
-    def look(other: Batch, *, of: Weights = "current") -> Scores:
+    def look(other: Batch, *, of: Weights = "current", channels: Mapping[str, Channel] | None = None) -> Scores:
         if of == "teacher":
             return teacher_scores(engine, method, other)
-        found = no_grad_scores(engine, method, other, watch=True)
+        found = no_grad_scores(engine, method, other, watch=True, channels=channels)
         return Scores(found.logp - 0.1) if of == "reference" else found  # a reference that finds everything less likely
 
     for name, build in method.columns.items():
@@ -252,6 +255,7 @@ def gradient(
     A method that compares distributions finds a made-up teacher, reference and average, of other random weights.
     """
     engine = _engine(model, layout=layout, others=bool(method.comparisons))
+    method = method.at(method.init())
     counts = count(method.terms, batch, groups=len(torch.unique(batch.group)))
     model.zero_grad(set_to_none=True)
     for index in micro_batches if micro_batches is not None else [torch.arange(len(batch))]:
@@ -296,6 +300,7 @@ def _engine(model: Any, layout: str = "plain", micro_batch_tokens: int = 4096, *
         reference=(lambda: nullcontext(reference)) if others else None,
         average=(lambda: nullcontext(average)) if others else None,
         teacher=Teacher(lambda: nullcontext(teacher), 1, layout) if others else None,  # type: ignore[arg-type]
+        frozen_embeddings=copy.deepcopy(model.get_input_embeddings()).requires_grad_(False),
     )
 
 
@@ -374,7 +379,7 @@ def unrelated_rows_leak_nothing(method: Method, model: Any, tolerance: float) ->
     """Other groups in the batch only change a gradient through the counted denominators."""
     batch = made_up_batch(method, model)
     counts = count(method.terms, batch, groups=len(torch.unique(batch.group)))
-    groups = torch.unique(batch.group)
+    groups, now = torch.unique(batch.group), method.at(method.init())
     total: dict[str, Tensor] = {}
     engine = _engine(model, others=bool(method.comparisons))
     for g in groups:  # each group alone, its advantage made on the whole batch, under the whole batch's counts
@@ -382,7 +387,7 @@ def unrelated_rows_leak_nothing(method: Method, model: Any, tolerance: float) ->
             p.grad = None
         alone = batch.rows(torch.nonzero(batch.group == g).flatten())
         kept = int(alone.length.max())
-        backward(engine, method, _trimmed(alone, kept), counts, Meter())
+        backward(engine, now, _trimmed(alone, kept), counts, Meter())
         for name, p in _parameters(engine).items():
             if p.grad is not None:
                 total[name] = total.get(name, torch.zeros_like(p)) + p.grad

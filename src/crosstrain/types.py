@@ -349,18 +349,19 @@ Weights = Literal["current", "reference", "teacher", "average"]
 policy's over the stage's steps (`Method.average`)."""
 
 
-class Look(Protocol):
-    """Scores of any batch without gradient, for building columns: `look(batch)` those of the current policy, its `entropy` among
-    them; `look(batch, of="reference")` those of the frozen reference, `of="teacher"` those of the teacher. Each is a forward pass,
-    and is counted as one."""
+Channel = Callable[[Tensor, Tensor], Tensor]
+"""A full-vocabulary functional: (logits [M, V] in at least fp32, targets [M]) -> [M], with gradient."""
 
-    def __call__(self, batch: Batch, *, of: Weights = "current") -> Scores:
+
+class Look(Protocol):
+    """Scores of any batch without gradient, for building columns: `look(batch)` those of the current policy, its `entropy` and the
+    asked `channels` among them; `look(batch, of="reference")` those of the frozen reference, `of="teacher"` those of the teacher.
+    Each is a forward pass, and is counted as one."""
+
+    def __call__(self, batch: Batch, *, of: Weights = "current", channels: Mapping[str, Channel] | None = None) -> Scores:
         """The scores."""
         ...
 
-
-Channel = Callable[[Tensor, Tensor], Tensor]
-"""A full-vocabulary functional: (logits [M, V] in at least fp32, targets [M]) -> [M], with gradient."""
 
 Divergence = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A functional of two next-token distributions: (the policy's logits [M, V], the other's [M, V], targets [M]) -> [M], both logits
@@ -445,6 +446,11 @@ class Term:
         """The coefficient at an optimizer step."""
         return float(self.coef(step)) if callable(self.coef) else float(self.coef)
 
+    def scaled(self, factor: float) -> Term:
+        """The term with its coefficient times `factor`."""
+        coef = self.coef
+        return replace(self, coef=(lambda step: factor * coef(step)) if callable(coef) else factor * coef)
+
 
 @dataclass(frozen=True)
 class Updates:
@@ -515,6 +521,9 @@ class Method:
     channels: full-vocabulary functionals of its own by name, computed inside the head, chunk by chunk, with gradient (GEM).
     comparisons: such functionals of its distribution and another one's by name (GKD's teacher, SDFT's second prompt).
     embed: changes the input embeddings in training, `(embeddings [N, L, D], batch) -> same` (NEFTune).
+    inputs: makes the input embeddings itself, in training and for its columns, from the table of the weights that the run started
+        with: `(table, batch) -> [B, T, D]`, table being ids to embeddings (IFT).
+    coefs: factors of the terms' coefficients that follow from the state, by term name (AMFT's mixing weight).
     grad_mask: parameters to leave alone at a step, by state (MIFO). movement: measure after every step how far each parameter has
         moved, in `update`'s metrics as `moved/<parameter>` (root mean square over its entries), since the start of the latest step
         for which this was true; since the first step there was, where none was. Keeps a copy of the trained weights.
@@ -541,6 +550,8 @@ class Method:
     channels: Mapping[str, Channel] = field(default_factory=dict)
     comparisons: Mapping[str, Comparison] = field(default_factory=dict)
     embed: Callable[[Tensor, Batch], Tensor] | None = None
+    inputs: Callable[[Callable[[Tensor], Tensor], Batch], Tensor] | None = None
+    coefs: Callable[[State], Mapping[str, float]] | None = None
     grad_mask: Callable[[State], Callable[[str], bool]] | None = None
     movement: Callable[[State], bool] | None = None
     probes: tuple[str, ...] = ()
@@ -558,3 +569,10 @@ class Method:
         """Whether it needs a model with these weights beside the policy: for a column, or to compare distributions with."""
         column = {"reference": "ref_logp", "teacher": "teacher_logp"}.get(weights)
         return column in self.needs or any(c.of == weights for c in self.comparisons.values())
+
+    def at(self, state: State) -> Method:
+        """The method with the coefficients that its terms have at a state."""
+        if self.coefs is None:
+            return self
+        factors = self.coefs(state)
+        return replace(self, terms=tuple(t.scaled(factors[t.name]) if t.name in factors else t for t in self.terms))

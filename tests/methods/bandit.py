@@ -122,6 +122,7 @@ def learn(method: Method, model: Any, bandit: Bandit, *, steps: int, seed: int =
         reference=lambda: nullcontext(frozen),
         value_head=head,
         base=lambda: dict(frozen.named_parameters()),
+        frozen_embeddings=frozen.get_input_embeddings().requires_grad_(False),
     )
     settings = StageSettings(batch_size=len(bandit.right), learning_rate=5e-3, max_steps=steps)
     progress = Progress(state=method.init())

@@ -7,6 +7,7 @@ turn. No marker in the template is needed. A prompt is tokenized as the sampler 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,9 @@ from typing import Any
 from crosstrain.data.rows import Row, Text
 from crosstrain.errors import UserError, nearest
 from crosstrain.types import Example, Source, Trajectory
+
+BEHAVIOUR = "behaviour_logp"
+"""The column with the log-prob of each token of a demonstration under the model that wrote it."""
 
 Messages = Sequence[Mapping[str, Any]]
 Piece = tuple[str, Source]
@@ -68,6 +72,10 @@ def encode(
         replace(_trajectory(tokenizer, pieces, reward, max_length, row, chat=chat), contexts=written)
         for pieces, reward in answers
     )
+    if BEHAVIOUR in row.columns and len(expert) == 1:
+        [(pieces, _)] = answers
+        whole = _trajectory(tokenizer, pieces, None, None, row, chat=chat)
+        expert = (replace(expert[0], behaviour_logp=_behaviour(row, whole)[: len(expert[0].tokens)]),)
     return Example(
         id=id,
         prompt=prompt,
@@ -130,6 +138,20 @@ def _check_lengths(
             raise UserError(
                 f"{row.where}: the {what} has {len(tokens)} tokens, more than {key} {limit}; shorten it, or raise the limit"
             )
+
+
+def _behaviour(row: Row, demonstration: Trajectory) -> tuple[float, ...]:
+    """The row's log-probs of its demonstration's tokens at their places, NaN elsewhere; UserError where they cannot be those."""
+    given, n = row.columns[BEHAVIOUR], sum(s == Source.EXPERT for s in demonstration.source)
+    numbers = isinstance(given, list | tuple) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in given)
+    if not numbers or len(given) != n or not all(x <= 0 for x in given):
+        got = f"{len(given)} entries" if isinstance(given, list | tuple) else type(given).__name__
+        raise UserError(
+            f"{row.where}: column '{BEHAVIOUR}' must have one log-prob, at most 0, for each of the {n} tokens that the "
+            f"demonstration has here, its end token among them; got {got}"
+        )
+    values = iter(float(x) for x in given)
+    return tuple(next(values) if s == Source.EXPERT else math.nan for s in demonstration.source)
 
 
 def template_hash(tokenizer: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -98,16 +99,22 @@ def _chord(*, demonstration: Term, mu: Schedule, epsilon: float, updates: Update
         coef=lambda step: 1 - mu(step),
     )
 
-    def only_rollouts(group: Group, state: State) -> Group | None:
-        return group.only(Source.POLICY) if group.stream == own != demos else group
-
     return Method(
         terms=(rl, replace(demonstration, coef=mu)),
         plan=rollouts_and_demonstrations(n, share, own, demos),
-        select=only_rollouts,
+        select=only_rollouts(own, demos),
         advantage=of_rollouts_and_demonstrations,
         updates=updates,
     )
+
+
+def only_rollouts(own: str, demos: str) -> Callable[[Group, State], Group | None]:
+    """A select that leaves out what the rows of the rollouts' stream demonstrate, unless it is the demonstrations' stream too."""
+
+    def select(group: Group, state: State) -> Group | None:
+        return group.only(Source.POLICY) if group.stream == own != demos else group
+
+    return select
 
 
 def of_rollouts_and_demonstrations(batch: Batch) -> Tensor:

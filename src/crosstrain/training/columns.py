@@ -3,6 +3,7 @@ and whatever a method builds of its own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine, temperature_of, values_of
 from crosstrain.training.reference import reference_column
 from crosstrain.training.score import CHANNELS, score
-from crosstrain.types import Batch, Method, Scores, Weights
+from crosstrain.types import Batch, Channel, Method, Scores, Weights
 
 
 def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tuple[Batch, Cost]:
@@ -28,19 +29,20 @@ def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tup
     seen: dict[str, Scores] = {}
     tokens = batch.tokens
 
-    def look(other: Batch, *, of: Weights = "current") -> Scores:
+    def look(other: Batch, *, of: Weights = "current", channels: Mapping[str, Channel] | None = None) -> Scores:
         if of == "reference" and method.reference == "previous":
             of = "current"  # the policy as it is now, before the step's updates
-        if other.tokens is tokens and of in seen:
+        known = other.tokens is tokens and not channels
+        if known and of in seen:
             return seen[of]
         passes.append((distinct_tokens(other), parameters_of(engine, of)))
         if of == "reference":
             scores = reference_scores(engine, method, other)
+        elif of == "teacher":
+            scores = teacher_scores(engine, method, other)
         else:
-            scores = (
-                teacher_scores(engine, method, other) if of == "teacher" else no_grad_scores(engine, method, other, watch=True)
-            )
-        if other.tokens is tokens:
+            scores = no_grad_scores(engine, method, other, watch=True, channels=channels)
+        if known:
             seen[of] = scores
         return scores
 
@@ -79,8 +81,25 @@ def teacher_scores(engine: Engine, method: Method, batch: Batch) -> Scores:
         return no_grad_scores(replace(engine, model=model, layout=engine.teacher.layout), method, batch)
 
 
+def inputs_of(engine: Engine, method: Method) -> Callable[[Tensor, Batch], Tensor] | None:
+    """What puts a method's own inputs in place of the embeddings [N, L, D] of a batch's lines; None where it makes none."""
+    make, table = method.inputs, engine.frozen_embeddings
+    if make is None:
+        return None
+    if table is None:
+        raise UserError(f"method {method.name} takes its inputs from the table that the run started with, and none was kept")
+    return lambda embeddings, batch: make(table, batch)[:, : embeddings.shape[1]].to(embeddings)
+
+
 @torch.no_grad()
-def no_grad_scores(engine: Engine, method: Method, batch: Batch, *, watch: bool = False) -> Scores:
+def no_grad_scores(
+    engine: Engine,
+    method: Method,
+    batch: Batch,
+    *,
+    watch: bool = False,
+    channels: Mapping[str, Channel] | None = None,
+) -> Scores:
     """The model's log-probs of a whole batch, in micro-batches, without gradient; with `watch` the channels of `score`'s
     `watch`, and the values that the method reads."""
     whole: dict[str, Tensor] = {}
@@ -90,9 +109,11 @@ def no_grad_scores(engine: Engine, method: Method, batch: Batch, *, watch: bool 
         part = score(
             engine.model,
             batch.rows(rows),
+            channels=channels,
             watch=watch,
             temperature=temperature,
             layout=engine.layout,
+            embed=inputs_of(engine, method),
             value_head=values_of(engine, method) if watch else None,
         )
         for name, values in {"logp": part.logp, **part.channels}.items():

@@ -39,6 +39,7 @@ class Engine:
     base: gives the recipe's own weights, by parameter name, for methods whose steps start from them.
     average: the model with an average of past weights. after_update: what is done after every optimizer step.
     decode: for methods that score completions themselves.
+    frozen_embeddings: ids to input embeddings by the weights that the run started with, where a method asks for them.
     """
 
     model: Any
@@ -60,6 +61,7 @@ class Engine:
     after_update: Callable[[], None] | None = None
     teacher: Teacher | None = None
     base: Callable[[], Mapping[str, torch.Tensor]] | None = None
+    frozen_embeddings: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 def temperature_of(engine: Engine, method: Method) -> float:

@@ -22,7 +22,7 @@ from crosstrain.objective.schedules import learning_rate_factor
 from crosstrain.training.batching import cut, distinct_demonstrations, distinct_tokens, to_batch, with_advantage
 from crosstrain.training.beside import beside, beside_cost, sampling_cost
 from crosstrain.training.collect import Collected, collect
-from crosstrain.training.columns import add_columns
+from crosstrain.training.columns import add_columns, inputs_of
 from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine, temperature_of, values_of
 from crosstrain.training.metrics import COMPUTED, TIME, Meter, merge, rollout_metrics, without_logp_difference
@@ -33,8 +33,8 @@ from crosstrain.training.tally import Tally
 from crosstrain.training.timing import clock
 from crosstrain.types import Batch, Group, Method, State
 
-PROBE = "grad_norm/"
-"""What the name of a probe starts with; the name of a term follows."""
+PROBE, COEF = "grad_norm/", "coef/"
+"""What the name of a probe, and of a coefficient that follows from a method's state, starts with; the name of a term follows."""
 
 
 MOVED = "moved/"
@@ -155,6 +155,8 @@ def train_stage(
             metrics["examples_skipped"] = float(collected.skipped)
         metrics["step_time"] = time.perf_counter() - started
         moved = {} if method.movement is None else {MOVED + name: far for name, far in optimizer.moved().items()}
+        if method.coefs is not None:
+            metrics |= {COEF + name: factor for name, factor in method.coefs(progress.state).items()}
         remembered = method.remember(progress.state, collected.rewarded)
         progress.state = method.update(remembered, {**metrics, **moved})
         progress.positions = dict(collected.positions)
@@ -261,7 +263,7 @@ def update(
     collected: Collected,
 ) -> dict[str, float] | None:
     """One optimizer step on a batch: its metrics, or None when every term is empty (Adam's momentum must not move weights)."""
-    batch = replace(batch, step=progress.optimizer_steps)
+    batch, method = replace(batch, step=progress.optimizer_steps), method.at(progress.state)
     counts = denominators(method, batch, collected)
     if not any(counts.values()):
         return None
@@ -340,7 +342,7 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
         watch=True,
         temperature=temperature_of(engine, method),
         layout=engine.layout,
-        embed=method.embed,
+        embed=inputs_of(engine, method) or method.embed,
         value_head=values_of(engine, method),
     )
     measured = [*channels, *(name for other in others for name in other.measures)]

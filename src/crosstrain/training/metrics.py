@@ -92,7 +92,8 @@ class Meter:
             self._add(f"tokens/{source.name}", float(mask.sum()))
             self._add(f"logp/{source.name}", float(logp[mask].sum()))
         if "behaviour_logp" in batch.columns:
-            known = used & ~torch.isnan(batch.columns["behaviour_logp"]) & ~_replayed(batch)
+            own = used & (batch.source == int(Source.POLICY))
+            known = own & ~torch.isnan(batch.columns["behaviour_logp"]) & ~_replayed(batch)
             # in later inner updates the weights are no longer those that sampled, but the old log-probs still are
             gap = (batch.columns.get("old_logp", logp) - batch.columns["behaviour_logp"])[known].abs()
             self._add("mismatch_tokens", float(known.sum()))
