@@ -202,7 +202,7 @@ def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 
         step=0,
         teacher=ScriptedSampler(),
     )
-    engine = _engine(model, micro_batch_tokens=10**6, others=True)
+    engine = _engine(model, micro_batch_tokens=10**6, others=method.reads("teacher"))
     batch = to_batch(collected.groups).to(engine.device)
     logp = no_grad_scores(engine, method, batch).logp
     generator = torch.Generator().manual_seed(seed)
