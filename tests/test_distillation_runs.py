@@ -115,6 +115,16 @@ def test_adapters_are_distilled_too(world: Path, tmp_path: Path, method: Any) ->
     assert result.metrics["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("method", [AVERAGED, "gkd"], ids=str)
+def test_mixed_precision_and_recomputed_activations(world: Path, tmp_path: Path, method: Any) -> None:
+    """Recomputing activations changes nothing but rounding, and bf16 little."""
+    plain = crosstrain.train(recipe(world, method), tmp_path / "plain").metrics
+    again = crosstrain.train(recipe(world, method, gradient_checkpointing=True), tmp_path / "recomputed").metrics
+    mixed = crosstrain.train(recipe(world, method, precision="mixed"), tmp_path / "mixed").metrics
+    assert again["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+    assert 0 < mixed["grad_norm"] < 10 * plain["grad_norm"]
+
+
 def weights_after(world: Path, folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
     content = recipe(world, {"sdft": {"num_generations": 2, **settings}})
     del content["teacher"]

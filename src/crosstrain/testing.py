@@ -223,7 +223,7 @@ def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 
     if method.plan.recall is not None:
         state = method.update(method.remember(state, collected.rewarded), {"reward": 0.5})
         collected = made_up_step(method, state, 1, examples=examples, seed=seed)
-    engine = _engine(model, micro_batch_tokens=10**6, others=True)
+    engine = _engine(model, micro_batch_tokens=10**6, others=method.reads("teacher"))
     batch = to_batch(collected.groups).to(engine.device)
     scores = no_grad_scores(engine, method, batch, watch=True)
     generator = torch.Generator().manual_seed(seed)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from crosstrain.methods.registry import METHODS, factory_of, load_method
-from crosstrain.types import Batch, Method, Source, Term
+from crosstrain.types import Batch, Method, Source, Term, Weights
 
 WHAT_IS_NEEDED = {
     "ref_logp": "reference model",
@@ -17,9 +17,6 @@ WHAT_IS_NEEDED = {
     "behaviour_logp": "behaviour log-probs",
 }
 """What a column that a term reads asks of a run."""
-
-COMPARED = {"ref_logp": "reference", "teacher_logp": "teacher"}
-"""Whose log-probs a column has."""
 
 
 def record(name: str) -> dict[str, Any]:
@@ -73,8 +70,9 @@ def needs_of(method: Method) -> list[str]:
     plural = {"demonstration": "demonstrations", "pair": "preferences", "label": "labels"}
     needs = [plural[method.plan.needs_expert]] if method.plan.needs_expert else []
     needs += ["verifier"] if method.plan.asks_for_rewards else []
-    read = method.needs - ({"ref_logp"} if method.reference == "previous" else set())  # which is the policy, a step ago
-    read |= {column for column, of in COMPARED.items() if any(c.of == of for c in method.comparisons.values())}
+    models: dict[str, Weights] = {"ref_logp": "reference", "teacher_logp": "teacher"}
+    read = method.needs | {column for column, weights in models.items() if method.reads(weights)}
+    read -= {"ref_logp"} if method.reference == "previous" else set()  # which is the policy, a step ago
     read -= {"behaviour_logp"} if method.plan.samples else set()  # the sampler gives them
     return needs + [what for column, what in WHAT_IS_NEEDED.items() if column in read]
 

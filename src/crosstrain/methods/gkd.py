@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from crosstrain.methods.plans import keyed_uniforms
+from crosstrain.methods.plans import keyed_uniforms, rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.denominators import old
 from crosstrain.objective.divergences import generalised_jsd, reverse_kl
@@ -127,8 +128,6 @@ def on_policy_distillation(
     """
     if mode not in ("sampled_token", "full_logits"):
         raise ValueError(f"mode: got {mode!r}; allowed: sampled_token, full_logits")
-    if num_generations < 1:
-        raise ValueError(f"num_generations: got {num_generations}; it must be at least 1")
     own, per = by(Source.POLICY), Per(("own_tokens",))
     if mode == "sampled_token":
         needs = frozenset({"teacher_logp", "old_logp"})
@@ -136,12 +135,9 @@ def on_policy_distillation(
     else:
         term = of_channel("distil", "reverse_kl", on=own, per=per, describe="KL(pi || teacher) over the vocabulary")
 
-    def following(group: Group, state: State) -> Sequence[Request]:
-        return () if group.trajectories else (Request(num_generations),)
-
     return Method(
         terms=(term,),
-        plan=Plan(start=lambda example, state: (), next=following, samples=True, scored=False),
+        plan=replace(rollouts(num_generations), scored=False),
         comparisons={"reverse_kl": Comparison(reverse_kl, of="teacher")} if mode == "full_logits" else {},
         updates=Updates(num_iterations, minibatches),
     )
