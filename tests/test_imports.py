@@ -16,7 +16,7 @@ import crosstrain
 SRC = Path(crosstrain.__file__).parent
 PURE = {
     "__future__", "collections", "contextlib", "dataclasses", "enum", "functools", "hashlib", "inspect", "itertools", "math",
-    "numbers", "operator", "torch", "types", "typing",
+    "numbers", "operator", "re", "torch", "types", "typing",
 }  # fmt: skip
 OURS = {
     "objective": {"crosstrain.types", "crosstrain.errors", "crosstrain.objective"},

@@ -354,6 +354,8 @@ class Term:
     needs: columns or channels it reads: "ref_logp", "entropy", ... ("old_logp" is made when a batch is used more than once).
     logged: the published loss, where its value differs from that of `value` (PPO's min form); same shape, no gradient taken.
     describe: the formula in words, printed by `crosstrain methods`.
+    slots: what the term is in the unified estimator, in words: `gate`, `denominator`, `advantage` where it is not the method's, and
+        `within`, how tokens are averaged before the division by `per`. Terms that are no surrogate have no gate and denominator.
     """
 
     name: str
@@ -365,6 +367,7 @@ class Term:
     needs: frozenset[str] = frozenset()
     logged: Value | None = None
     describe: str = ""
+    slots: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def coefficient(self, step: int) -> float:
         """The coefficient at an optimizer step."""

@@ -12,7 +12,11 @@ from crosstrain.objective.terms import best_by, by, nll, pairwise, seq_mean, tok
 from crosstrain.types import Method, Per, Source
 
 
-@method(paper="arXiv:2405.14734", family="preference")
+@method(
+    paper="arXiv:2405.14734",
+    family="preference",
+    deviates="gamma is the margin itself, as in the paper; the authors' code sets its ratio to beta.",
+)
 def simpo(beta: float = 2.0, gamma: float = 1.0) -> Method:
     """SimPO: mean log-probs in place of a reference, and a margin.
 
@@ -47,6 +51,8 @@ def cpo(beta: float = 0.1, nll_coef: float = 1.0) -> Method:
     Loss: mean over pairs of -log sigmoid(beta (s_chosen - s_rejected)), s the sum over an answer's tokens of log pi, plus nll_coef
     times the mean over all tokens of chosen answers of -log pi. Weight on grad log pi: +- beta sigmoid(-beta (s_chosen -
     s_rejected)) / N_pairs, and nll_coef / N_chosen_tokens on chosen tokens.
+
+    beta: the scale of the difference, 0.1 in the authors' code. nll_coef: how much imitation of chosen answers counts, 1 there.
     """
     _positive(beta=beta)
 
@@ -69,7 +75,13 @@ def cpo(beta: float = 0.1, nll_coef: float = 1.0) -> Method:
     return Method(terms=tuple(terms), plan=preference_pairs())
 
 
-@method(paper="arXiv:2403.07691", family="preference")
+@method(
+    paper="arXiv:2403.07691",
+    family="preference",
+    deviates=(
+        "The authors' code has the prompt's tokens in the likelihood unless told otherwise; here prompts are never trained on."
+    ),
+)
 def orpo(beta: float = 0.1) -> Method:
     """ORPO: imitate the chosen answer, and raise its odds against the rejected one's, in one loss.
 
