@@ -68,7 +68,7 @@ def _acts(term: Mapping[str, Any]) -> str:
 
 
 def _bar(share: float) -> str:
-    return f'<span class="share"><span style="width:{100 * share:.1f}%"></span></span>{share:.1%}'
+    return f'<span class="share"><span style="width:{100 * share:.1f}%"></span></span><span class="part">{share:.1%}</span>'
 
 
 def _authors(found: Found) -> str:

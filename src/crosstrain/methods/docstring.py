@@ -62,7 +62,11 @@ def said(factory: Callable[..., Any], settings: Collection[str]) -> Said:
     ('beta x.', 'beta.', {'beta': 'how much of it. It may be 0.'})
     """
     summary, *paragraphs = (inspect.getdoc(factory) or "").split("\n\n")
-    loss, weight, idea, notes, about = [], [], [], [], {}
+    loss: list[str] = []
+    weight: list[str] = []
+    idea: list[str] = []
+    notes: list[str] = []
+    about: dict[str, str] = {}
     for paragraph in paragraphs:
         for head, text in _parts(paragraph, settings):
             if head.startswith("Loss"):
