@@ -308,6 +308,41 @@ def decode_of(tokenizer: Any, t: Trajectory) -> str:
     return str(tokenizer.decode(t.response, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
+def test_other_models_stand_in_for_the_reference_and_the_old_policy(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pair's margin is 0 against the model itself, so that beta / 2 is on every token of both answers; not against another."""
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text(PAIRS)
+    other = str(save_tiny_model(tmp_path / "other", seed=1))
+
+    def sizes(**more: Any) -> set[float]:
+        found = looked_at(Asked("dpo", model, data=(str(rows),), settings=("beta=0.5",), batch_size=1, **more))
+        return {round(abs(w), 6) for t in found["groups"][0]["trajectories"] for w in t["weights"]}
+
+    assert sizes() == {0.25}
+    assert len(sizes(reference=other)) == 1 and sizes(reference=other) != {0.25}
+    own = looked_at(_sft(model, tmp_path))
+    apart = looked_at(_sft(model, tmp_path, old=other))
+    assert {round(w, 6) for w in own["groups"][0]["trajectories"][0]["weights"]} != {
+        round(w, 6) for w in apart["groups"][0]["trajectories"][0]["weights"]
+    }
+    from transformers import AutoModelForCausalLM
+
+    wider = AutoModelForCausalLM.from_pretrained(model)
+    wider.resize_token_embeddings(300)
+    wider.save_pretrained(tmp_path / "wider")
+    more = ["--reference", str(tmp_path / "wider")]
+    assert main(["explain", "dpo", "--model", model, "--data", str(rows), *more]) == 2
+    assert "its vocabulary has 300 tokens" in capsys.readouterr().err
+
+
+def _sft(model: str, folder: Path, **more: Any) -> Asked:
+    file = folder / "demos.jsonl"
+    file.write_text('{"prompt": "a", "completion": "bcdefg"}\n')
+    return Asked("psft", model, data=(str(file),), settings=("minibatches=1",), batch_size=1, **more)
+
+
 def test_one_example_by_id_by_its_own_id_or_by_number(model: str, rows: Path) -> None:
     for example in ("train:2", "row-thr", "2"):
         found = looked_at(Asked("sft", model, data=(str(rows),), example=example))

@@ -82,7 +82,7 @@ def looked_at(asked: Asked) -> dict[str, Any]:
     with assemble.reward_scorer(recipe, ready.tokenizer) as rewards:
         engine = base_engine(recipe, ready, rewards)
         if asked.reference is not None:
-            model = _frozen(asked.reference, recipe, ready)
+            model = _frozen("--reference", asked.reference, recipe, ready)
             engine = replace(engine, reference=lambda: contextlib.nullcontext(model))
         old = _sampling_from(asked.old, recipe, ready, rewards) if asked.old is not None else None
 
@@ -182,16 +182,20 @@ def _only(ready: Prepared, wanted: str) -> Prepared:
     raise UserError(f"--example {wanted}: there is no such row; {near}Rows are {known}")
 
 
-def _frozen(name: str, recipe: Recipe, ready: Prepared) -> Any:
+def _frozen(option: str, name: str, recipe: Recipe, ready: Prepared) -> Any:
+    """Another model to compare with. UserError where it does not have the model's vocabulary."""
     dtype = assemble.computing_dtype(recipe, ready.device)
-    return load_weights(model_of(name), dtype=dtype, device=ready.device).requires_grad_(False)
+    model = load_weights(model_of(name), dtype=dtype, device=ready.device).requires_grad_(False)
+    has, wanted = (m.get_input_embeddings().weight.shape[0] for m in (model, ready.model))
+    if has != wanted:
+        raise UserError(
+            f"{option} {name}: its vocabulary has {has} tokens, and that of {recipe.model.name} {wanted}; give a relative"
+        )
+    return model
 
 
 def _sampling_from(name: str, recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
     """The engine that collects the step with other weights than those that are looked at."""
-    model = _frozen(name, recipe, ready)
-    vocabularies = [m.get_input_embeddings().weight.shape[0] for m in (model, ready.model)]
-    if vocabularies[0] != vocabularies[1]:
-        raise UserError(f"--old {name}: its vocabulary has {vocabularies[0]} tokens and the model's {vocabularies[1]}")
+    model = _frozen("--old", name, recipe, ready)
     engine = base_engine(recipe, replace(ready, model=model), rewards)
     return replace(engine, layout=choose_layout(model), parameters=sum(p.numel() for p in model.parameters()))
