@@ -54,7 +54,7 @@ class Seen:
 
     def note(self, term: str, batch: Batch, scores: Scores, weights: Mapping[str, Tensor]) -> None:
         """Take down what a term does to a micro-batch (a `loop.See`)."""
-        rows = batch.columns[ROW].long()
+        rows = batch.columns[ROW].long().cpu()
         self.logp[rows] = scores.logp.detach().to(self.logp)
         for channel, values in weights.items():
             size = float(values.abs().sum())
