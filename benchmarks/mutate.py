@@ -221,19 +221,19 @@ CONTRACT = "tests/methods/test_contract.py"
 """What every method is held to: the slowest of the tests, and run only where it is asked for."""
 
 
-def tests_for(file: Path) -> list[str]:
-    """What runs on a mutant of the file: its own tests first, then those of the methods it has or serves."""
-    own = [f"tests/{file.parent.name}/test_{file.stem}.py"]
+def tests_for(file: Path, *, own: bool = False) -> list[str]:
+    """What runs on a mutant of the file: its own tests first, then those of the methods it has or serves unless `own`."""
+    first = [f"tests/{file.parent.name}/test_{file.stem}.py"]
     texts = {p: p.read_text(encoding="utf-8") for p in sorted((ROOT / "tests/methods").glob("test_*.py")) if p.name not in SLOW}
     if file.parent.name == "objective":
         named = sorted((ROOT / "tests/objective").glob("test_*.py"))
-        about = [p for p in texts if p.name != "test_contract.py"]
+        about = [p for p in texts if p.name != "test_contract.py" and not own]
     else:
         names = registered(file)
         words = re.compile(r"\b(" + "|".join([*map(re.escape, names), re.escape(file.stem)]) + r")\b")
         named = []
         about = [p for p, text in texts.items() if words.search(text) and p.name != "test_contract.py"]
-    listed = [*own, *(_name(p) for p in (*named, *about))]
+    listed = [*first, *(_name(p) for p in (*named, *about))]
     return [p for p in dict.fromkeys(listed) if (ROOT / p).is_file()]
 
 
@@ -315,6 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="JSON with every mutant")
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds after which a mutant counts as caught")
     parser.add_argument("--contract", action="store_true", help="run the contract that every method keeps, too (slow)")
+    parser.add_argument("--own", action="store_true", help="run the tests of the file's own folder alone")
     parser.add_argument("--kind", help="only kinds that contain this")
     parser.add_argument("--survivors", type=Path, help="only those that survived in this JSON, of an earlier --out")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
@@ -330,7 +331,9 @@ def main(argv: list[str] | None = None) -> int:
             for one, _ in wanted:
                 print(_line(one))
         elif wanted:
-            done += _tried(file, wanted, given.timeout, given.contract)
+            done += _tried(
+                file, wanted, given.timeout, [*tests_for(file, own=given.own), *([CONTRACT] if given.contract else [])]
+            )
             if given.out:
                 given.out.write_text(json.dumps([asdict(m) for m in done], indent=1))
     if done:
@@ -338,10 +341,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _tried(file: Path, wanted: Sequence[tuple[Mutant, CodeType]], timeout_s: float, contract: bool) -> list[Mutant]:
+def _tried(file: Path, wanted: Sequence[tuple[Mutant, CodeType]], timeout_s: float, tests: Sequence[str]) -> list[Mutant]:
     """The mutants of a file with their outcomes, from a process of its own."""
     print(_name(file), flush=True)
-    tests = [*tests_for(file), *([CONTRACT] if contract else [])]
     with tempfile.NamedTemporaryFile("r", suffix=".jsonl") as lines:
         child = os.fork()
         if child == 0:
