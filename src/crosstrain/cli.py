@@ -238,18 +238,52 @@ def methods_show(
 def explain(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="A method's name, or my_file.py:my_function.")],
     batch: Annotated[
-        Path, typer.Option(metavar="BATCH.json", help="Log-probs and rewards of a batch; docs/explain.md says how.")
-    ],
+        Path | None, typer.Option(metavar="BATCH.json", help="Log-probs and rewards of a batch; docs/explain.md says how.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Instead of a batch: a model, whose first step on rows is shown (bundled by default).")
+    ] = None,
+    data: Annotated[list[str] | None, typer.Option(metavar="[STREAM=]FILE", help="The rows, as a recipe's `data`.")] = None,
+    task: Annotated[list[str] | None, typer.Option(metavar="[STREAM=]TASK", help="Rows and reward of a task.")] = None,
+    task_config: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A setting of the task.")] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Scores completions; file.py:function or built in.")
+    ] = None,
+    example: Annotated[str | None, typer.Option(metavar="ID", help="Look at this row alone, e.g. train:3.")] = None,
+    reference: Annotated[str | None, typer.Option(metavar="MODEL", help="The reference; the model itself by default.")] = None,
+    old: Annotated[str | None, typer.Option(metavar="MODEL", help="What sampled; the model itself by default.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of the step; 4, or 1 with --example.")] = None,
+    max_completion_length: Annotated[int | None, typer.Option(min=1, help="Tokens after which a completion is cut.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Which rows and samples.")] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, e.g. beta=0.1.")
     ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page with every token, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON: loss, terms, and every token's weight.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a method does to every token of a batch."""
-    from crosstrain.cli_explain import explain_batch
+    """Show what a method does to every token: of a batch of log-probs, or of the first step of a model on rows."""
+    given = {
+        "--model": model, "--data": data, "--task": task, "--task-config": task_config, "--reward": reward, "--example": example,
+        "--reference": reference, "--old": old, "--batch-size": batch_size, "--max-completion-length": max_completion_length,
+        "--seed": seed, "--out": out,
+    }  # fmt: skip
+    if batch is not None:
+        if useless := [option for option, value in given.items() if value is not None]:
+            raise UserError(f"{useless[0]} has no effect beside --batch, whose log-probs need no model; leave one of them out")
+        from crosstrain.cli_explain import explain_batch
 
-    explain_batch(method, batch, overrides or [], as_json=as_json)
+        explain_batch(method, batch, overrides or [], as_json=as_json)
+        return
+    if not data and not task:
+        raise UserError("explain needs something to look at: --data FILE or --task NAME (and --model), or --batch BATCH.json")
+    from crosstrain.cli_explain_step import Asked, explain_model
+
+    asked = Asked(
+        method, model or "smollm2-135m-instruct", data or (), task or (), task_config or (), overrides or (), reward or (),
+        example, reference, old, batch_size, max_completion_length, seed or 0,
+    )  # fmt: skip
+    explain_model(asked, out, as_json=as_json)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,26 @@
-"""Tables of `crosstrain methods`: what exists, and one method's terms and settings."""
+"""Tables of `crosstrain methods`: what exists, and one method's objective, terms and settings."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Column, Table
+from rich.text import Text
 
 from crosstrain.data.catalogue import DATA_METHODS
 from crosstrain.methods import METHODS
 from crosstrain.methods.describe import record
+
+WIDE = 150
+"""Columns from which on a terminal is shown everything in one table."""
+
+ROOM_FOR_PAPERS = 100
+"""Columns from which on a narrower table has the papers, too."""
 
 
 def print_all(console: Console | None = None, *, as_json: bool = False) -> None:
@@ -19,6 +30,25 @@ def print_all(console: Console | None = None, *, as_json: bool = False) -> None:
     if as_json:
         print(json.dumps({"methods": records, "data": [one.record for one in DATA_METHODS]}, indent=1))
         return
+    out = console or Console()
+    if out.width >= WIDE:
+        out.print(_everything(records), _data_table())
+        return
+    for family, found in _families(records).items():
+        directions = " or ".join(dict.fromkeys(r["direction"] for r in found))
+        out.print(Text.assemble((family, "bold"), f"  {directions}"))
+        out.print(_narrow(found, paper=out.width >= ROOM_FOR_PAPERS))
+    out.print(_data_table())
+
+
+def _families(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    families: dict[str, list[Mapping[str, Any]]] = {}
+    for found in records:
+        families.setdefault(found["family"], []).append(found)
+    return families
+
+
+def _everything(records: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(
         Column("method", no_wrap=True),
         Column("direction", no_wrap=True),
@@ -29,18 +59,12 @@ def print_all(console: Console | None = None, *, as_json: bool = False) -> None:
         "written from",
         "what it does",
     )
-    for family in dict.fromkeys(found["family"] for found in records):
+    for found in _families(records).values():
         table.add_section()
-        for found in (r for r in records if r["family"] == family):
-            cells = (
-                found["direction"],
-                found["data"],
-                ", ".join(found["needs"]) or "nothing",
-                found["paper"],
-                str(found["year"]),
-            )
-            table.add_row(found["name"], *cells, found["checked"], found["summary"])
-    (console or Console()).print(table, _data_table())
+        for r in found:
+            row = (r["name"], r["direction"], r["data"], _needs(r), r["paper"], str(r["year"]), r["checked"], r["summary"])
+            table.add_row(*(Text(cell) for cell in row))
+    return table
 
 
 def _data_table() -> Table:
@@ -54,28 +78,71 @@ def _data_table() -> Table:
     return table
 
 
+def _narrow(records: Sequence[Mapping[str, Any]], *, paper: bool) -> Table:
+    """Of each method its needs, its paper where there is room, and what it does."""
+    widths = {"method": max(map(len, METHODS)), "needs": 15, **({"paper": 16} if paper else {})}
+    columns = [Column(name, width=width, overflow="fold") for name, width in widths.items()]
+    table = Table(*columns, "what it does", box=box.SIMPLE_HEAD, pad_edge=False)
+    for r in records:
+        cells = (r["name"], _needs(r), *([r["paper"]] if paper else []), r["summary"])
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def _needs(found: Mapping[str, Any]) -> str:
+    return ", ".join(found["needs"]) or "nothing"
+
+
 def print_one(name: str, console: Console | None = None, *, as_json: bool = False) -> None:
-    """Print a method's description, terms and settings, or its record as JSON; UserError for an unknown name, with the nearest
-    one."""
+    """Print a method's objective, terms and settings and what is known of it, or its record as JSON; UserError for an unknown name,
+    with the nearest one."""
     found = record(name)
     if as_json:
         print(json.dumps(found, indent=1))
         return
     out = console or Console()
-    needs = ", ".join(found["needs"]) or "nothing"
-    out.print(f"[bold]{name}[/bold]  {found['paper'] or ''}  {found['data']}; needs {needs}", highlight=False)
+    out.print(Text.assemble((name, "bold"), f"  {found['paper'] or ''}  {found['data']}; needs {_needs(found)}"))
     if found["checked"]:
-        out.print(f"{found['family']}, {found['direction']}; written from: {found['checked']}", highlight=False, markup=False)
-    out.print(found["description"], markup=False, highlight=False, soft_wrap=True)
+        out.print(Text(f"{found['family']}, {found['direction']}; written from: {found['checked']}"))
+    out.print(Text(found["summary"]))
+    for text in found["idea"]:
+        out.print(Text(text))
+    for title, text in (("loss", found["loss"]), ("weight of a token", found["weight"])):
+        if text:
+            _say(out, title, text)
+    _terms(out, found["terms"])
+    _settings(out, found)
+    for text in found["notes"]:
+        out.print(Padding(Text(text), (1, 0, 0, 0)))
+    for title, key in (("helps", "works"), ("does not help", "fails"), ("differs from its source", "deviates")):
+        if found[key]:
+            _say(out, title, found[key])
+
+
+def _say(out: Console, title: str, text: str) -> None:
+    out.print()
+    out.print(Text(title, style="italic"))
+    out.print(Padding(Text(text), (0, 0, 0, 2)))
+
+
+def _terms(out: Console, found: Sequence[Mapping[str, Any]]) -> None:
     terms = Table("term", "on", "divided per", "coefficient", "loss", title="terms", title_justify="left")
-    for term in found["terms"]:
+    for term in found:
         coefficient = term["coefficient"] if isinstance(term["coefficient"], str) else f"{term['coefficient']:g}"
-        terms.add_row(term["name"], term["on"], term["per"], coefficient, term["loss"])
-    out.print(terms)
-    settings = Table("setting", "default", title="settings", title_justify="left")
+        terms.add_row(*(Text(cell) for cell in (term["name"], term["on"], term["per"], coefficient, term["loss"])))
+    out.print(Padding(terms, (1, 0, 0, 0)))
+    surrogates = [(term["name"], term["estimator"]) for term in found if term["estimator"] is not None]
+    if surrogates:
+        title = "weight on grad log pi: gate (pi / denominator) advantage"
+        slots = Table("term", "gate", "denominator", "advantage", "averaged", title=title, title_justify="left")
+        for name, slot in surrogates:
+            cells = (name, slot["gate"], slot["denominator"], slot["advantage"], slot["within"] or "no")
+            slots.add_row(*(Text(cell) for cell in cells))
+        out.print(slots)
+
+
+def _settings(out: Console, found: Mapping[str, Any]) -> None:
+    settings = Table("setting", "default", "what it is", title="settings", title_justify="left")
     for key, value in found["settings"].items():
-        settings.add_row(key, repr(value))
-    if found["settings"]:
-        out.print(settings)
-    else:
-        out.print("no settings")
+        settings.add_row(*(Text(cell) for cell in (key, repr(value), found["about"][key])))
+    out.print(settings if found["settings"] else Text("no settings"))

@@ -1,76 +1,21 @@
-"""What a method does to every token of a batch whose log-probs are given: no model, the method's own terms.
-
-    {"step": 0, "groups": [{"trajectories": [
-        {"source": ["prompt", "policy", "policy"], "reward": 1.0, "logp": [0, -0.5, -1.2], "old_logp": [0, -0.6, -1.2]}]}]}
-
-Every list of a trajectory has one entry per token; what stands at prompt tokens is ignored.
-"""
+"""What a method does to every token of a batch whose log-probs are given: no model, the method's own terms."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from crosstrain.errors import UserError
+from crosstrain.explain_given import OLD, PER_TOKEN, GivenBatch, GivenGroup, GivenTrajectory, to_group
 from crosstrain.objective.reduce import count, term_loss
 from crosstrain.training.batching import to_batch, with_advantage
 from crosstrain.training.collect import with_known_rewards
-from crosstrain.types import Batch, Channel, Example, Group, Method, Scores, Source, Trajectory, Weights
-
-STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-Numbers = list[float]
-
-
-class GivenTrajectory(BaseModel):
-    """One sequence: who wrote each token, and what is known of it."""
-
-    model_config = STRICT
-    source: list[Literal["prompt", "expert", "policy", "tool"]] = Field(min_length=1)
-    logp: Numbers
-    reward: float | None = None
-    finished: bool = True
-    greedy: bool = False
-    replayed: bool = False
-    old_logp: Numbers | None = None
-    ref_logp: Numbers | None = None
-    behaviour_logp: Numbers | None = None
-    teacher_logp: Numbers | None = None
-    entropy: Numbers | None = None
-    value: Numbers | None = None
-    old_value: Numbers | None = None
-
-
-class GivenGroup(BaseModel):
-    """The trajectories of one example."""
-
-    model_config = STRICT
-    id: str | None = None
-    stream: str = "train"
-    trajectories: list[GivenTrajectory] = Field(min_length=1)
-
-
-class GivenBatch(BaseModel):
-    """What an optimizer step is given. step: optimizer steps taken before it. state: the method's, where it is not the first."""
-
-    model_config = STRICT
-    step: int = Field(0, ge=0)
-    state: dict[str, Any] | None = None
-    groups: list[GivenGroup] = Field(min_length=1)
-
-
-PER_TOKEN = ("old_logp", "ref_logp", "behaviour_logp", "teacher_logp", "entropy", "value", "old_value")
-"""Lists that a trajectory may bring beside `logp`. `value` is that of the state before each token; a reward model reads the last
-as the answer's reward."""
-
-OLD = frozenset({"old_logp", "old_value"})
-"""What is the current policy's where it is not given: one inner update."""
+from crosstrain.types import Batch, Channel, Group, Method, Scores, Weights
 
 
 def explain(method: Method, given: GivenBatch) -> dict[str, Any]:
@@ -103,7 +48,7 @@ def explain(method: Method, given: GivenBatch) -> dict[str, Any]:
         )
     state = method.init() if given.state is None else given.state
     method = method.at(state)
-    groups = [_group(i, g) for i, g in enumerate(given.groups)]
+    groups = [to_group(i, g) for i, g in enumerate(given.groups)]
     kept = [(i, chosen) for i, g in enumerate(groups) if (chosen := _selected(method, g, state)) is not None]
     answer: dict[str, Any] = {
         "method": method.name,
@@ -151,14 +96,14 @@ def _worked_out(
     groups = answer["groups"]
     for r, ((i, k), t) in enumerate(zip(at, rows, strict=True)):
         groups[i]["selected"] = groups[i]["trajectories"][k]["selected"] = True
-        groups[i]["advantage"][k] = _credit(batch.advantage[r], batch.trained[r], len(t.source))
+        groups[i]["advantage"][k] = credit(batch.advantage[r], batch.trained[r], len(t.source))
         for name, weight in zip(("weights", "value_weights"), weights, strict=False):
             groups[i]["trajectories"][k][name] = (weight[r, : len(t.source)] + 0.0).tolist()
     return {"loss": sum(t["loss"] for t in terms), "terms": terms, "groups": groups}
 
 
-def _credit(advantage: Tensor, trained: Tensor, length: int) -> Any:
-    """One number where all trained tokens have the same, else one per token; None where it is unknown."""
+def credit(advantage: Tensor, trained: Tensor, length: int) -> Any:
+    """A row's advantage: one number where all trained tokens have the same, else one per token; None where it is unknown."""
     own = advantage[trained]
     if not len(own) or bool(torch.isnan(own).all()):
         return None
@@ -175,33 +120,6 @@ def _nothing(group: GivenGroup, *, values: bool) -> dict[str, Any]:
     names = ("weights", "value_weights") if values else ("weights",)
     trajectories = [{"selected": False, **{name: [0.0] * len(t.source) for name in names}} for t in group.trajectories]
     return {"advantage": [None] * len(group.trajectories), "selected": False, "trajectories": trajectories}
-
-
-def _group(index: int, given: GivenGroup) -> Group:
-    trajectories = []
-    for k, t in enumerate(given.trajectories):
-        where = f"groups.{index}.trajectories.{k}"
-        for name in ("logp", *PER_TOKEN):
-            values = getattr(t, name)
-            if values is not None and len(values) != len(t.source):
-                raise UserError(
-                    f"{where}.{name}: got {len(values)} numbers for {len(t.source)} tokens; give one per entry of `source`"
-                )
-        high = [i for i, (x, s) in enumerate(zip(t.logp, t.source, strict=True)) if s != "prompt" and x > 0]
-        if high:
-            raise UserError(f"{where}.logp.{high[0]}: got {t.logp[high[0]]}; a log-prob is at most 0")
-        source = tuple(Source[s.upper()] for s in t.source)
-        if source[0] != Source.PROMPT:
-            raise UserError(
-                f"{where}.source.0: got {t.source[0]!r}; the first token is one of the prompt's, which nothing predicts"
-            )
-        # the version says which trajectory this is, whatever select makes of the group; no two texts, and no two prompts, are alike
-        tokens = tuple(index * 10**9 + i + (0 if s == Source.PROMPT else (k + 1) * 10**5) for i, s in enumerate(source))
-        kept = {"reward": t.reward, "finished": t.finished, "greedy": t.greedy, "replayed": t.replayed}
-        trajectories.append(Trajectory(tokens, source, **kept, policy_version=k))
-    expert = tuple(t for t in trajectories if t.wrote(Source.EXPERT) and not t.wrote(Source.POLICY))
-    prompt = trajectories[0].tokens[: trajectories[0].response_start]
-    return Group(Example(given.id or str(index), "", prompt, expert), tuple(trajectories), given.stream)
 
 
 def _selected(method: Method, group: Group, state: Mapping[str, Any]) -> Group | None:

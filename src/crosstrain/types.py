@@ -430,6 +430,8 @@ class Term:
         asks for a value head, "old_value" is what it said before the updates).
     logged: the published loss, where its value differs from that of `value` (PPO's min form); same shape, no gradient taken.
     describe: the formula in words, printed by `crosstrain methods`.
+    slots: what the term is in the unified estimator, in words: `gate`, `denominator`, `advantage` where it is not the method's, and
+        `within`, how tokens are averaged before the division by `per`. Terms that are no surrogate have no gate and denominator.
     """
 
     name: str
@@ -441,6 +443,7 @@ class Term:
     needs: frozenset[str] = frozenset()
     logged: Value | None = None
     describe: str = ""
+    slots: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def coefficient(self, step: int) -> float:
         """The coefficient at an optimizer step."""

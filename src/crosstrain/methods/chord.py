@@ -14,10 +14,16 @@ from crosstrain.objective.advantages import group_normalised
 from crosstrain.objective.denominators import uncertain
 from crosstrain.objective.schedules import warmup_cosine
 from crosstrain.objective.terms import by, clipped, nll, surrogate
+from crosstrain.objective.words import says
 from crosstrain.types import Batch, Group, Method, Per, Schedule, Scores, Source, State, Term, Updates
 
 
-@method(paper="arXiv:2508.11408", family="hybrid")
+@method(
+    paper="arXiv:2508.11408",
+    family="hybrid",
+    fails="Unweighted imitation beside RL made entropy jump (arXiv:2508.11408).",
+    deviates="mu decays over 200 steps, as the paper's text says; its appendix says 30, the authors' example 400.",
+)
 def chord_mu(
     num_generations: int = 8,
     mu: float = 0.9,
@@ -36,9 +42,11 @@ def chord_mu(
     demonstrations; mu falls from its start to mu_valley along half a cosine. Weight on grad log pi: (1 - mu) gate r A / N_own and
     mu / N_demo, with r = pi / pi_old and the group-normalised A of `grpo` over rollouts alone.
 
-    rollouts_from, demonstrations_from: the data streams, whose prompts need not be the same; with one name for both, each row gives
-    both. demonstration_share: of the step's examples; 64 demonstrations beside 32 prompts in the paper. mu_decay_steps: 200 in the
-    paper's text, 30 in its appendix, 400 in the authors' example.
+    mu: the coefficient that imitation starts with, 0.9 in the paper. mu_valley: the one that it falls to, 0.05 there.
+    mu_warmup_steps: steps over which mu first rises from 0; none in the paper. mu_decay_steps: 200 in the paper's text, 30 in its
+    appendix, 400 in the authors' example. rollouts_from, demonstrations_from: the data streams, whose prompts need not be the same;
+    with one name for both, each row gives both. demonstration_share: of the step's examples; 64 demonstrations beside 32 prompts in
+    the paper.
     """
     _check(mu=mu, mu_valley=mu_valley)
     return _chord(
@@ -50,7 +58,14 @@ def chord_mu(
     )
 
 
-@method(paper="arXiv:2508.11408", family="hybrid")
+@method(
+    paper="arXiv:2508.11408",
+    family="hybrid",
+    works=(
+        "A weak 3B model that plain imitation of 5,000 long demonstrations made collapse kept learning with it "
+        "(arXiv:2508.11408)."
+    ),
+)
 def chord_phi(
     num_generations: int = 8,
     mu: float = 0.1,
@@ -62,8 +77,11 @@ def chord_phi(
 ) -> Method:
     """CHORD-phi: as `chord_mu` with a constant mu, and demonstrations weighted by p (1 - p).
 
-    Loss (logged): the demonstrations' part is -sg(p (1 - p)) log pi over all their tokens. Weight on grad log pi there:
-    mu p (1 - p) / N_demo, which leaves alone what the policy is sure of, right or wrong.
+    Loss (logged): as `chord_mu`'s, but for the demonstrations' part, which is -sg(p (1 - p)) log pi over all their tokens.
+    Weight on grad log pi: (1 - mu) gate r A / N_own, and mu p (1 - p) / N_demo on demonstrations, which leaves alone what the
+    policy is sure of, right or wrong.
+
+    mu: constant, 0.1 in the paper. demonstration_share, rollouts_from, demonstrations_from: as for `chord_mu`.
     """
 
     _check(mu=mu)
@@ -117,6 +135,7 @@ def only_rollouts(own: str, demos: str) -> Callable[[Group, State], Group | None
     return select
 
 
+@says("(R - mean R) / std R over the group's rollouts, 1 on demonstrations")
 def of_rollouts_and_demonstrations(batch: Batch) -> Tensor:
     """[B, T]: the reward normalised over the group's rollouts on their tokens, 1 on demonstrations."""
     own = group_normalised(batch, over=(Source.POLICY,))[:, None].expand(batch.source.shape)

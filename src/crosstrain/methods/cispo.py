@@ -15,7 +15,15 @@ from crosstrain.objective.terms import by, seq_mean, surrogate
 from crosstrain.types import Batch, Method, Per, Scores, Source, Updates, Value
 
 
-@method(paper="arXiv:2506.13585", family="reinforcement learning", checked="port")
+@method(
+    paper="arXiv:2506.13585",
+    family="reinforcement learning",
+    checked="port",
+    deviates=(
+        "The paper names no bound. TRL's is an absolute cap, the default here; verl's is a band around 1 that cuts from "
+        "below too."
+    ),
+)
 def cispo(
     num_generations: int = 8,
     epsilon_high: float = 5.0,
@@ -30,8 +38,8 @@ def cispo(
     group-normalised A of `grpo`. Weight on grad log pi: A r' / N.
 
     bounds: two meanings of the upper bound are in use. "cap": r' = min(r, epsilon_high), an absolute cap, as in TRL; the paper
-    sets no lower bound and names no number, 5 is TRL's example. "band": r' = clip(r, 1 - epsilon, 1 + epsilon_high), as in verl.
-    epsilon: read by "band" alone.
+    sets no lower bound. "band": r' = clip(r, 1 - epsilon, 1 + epsilon_high), as in verl. epsilon_high: the paper names no
+    number, 5 is TRL's example. epsilon: read by "band" alone.
     """
     if bounds not in ("cap", "band"):
         raise ValueError(f"bounds: got {bounds!r}; allowed: cap, band")
@@ -71,6 +79,8 @@ def sapo(
     Loss (logged): mean over sequences of the mean over tokens of -A (4 / tau) sigmoid(tau (r - 1)), r = pi / pi_old, with the
     group-normalised A of `grpo`; tau is temperature_pos for A > 0, else temperature_neg. Weight on grad log pi:
     A 4 s (1 - s) r / (T_i N) with s = sigmoid(tau (r - 1)), which is A / (T_i N) at r = 1.
+
+    temperature_pos, temperature_neg: how narrow the gate is for a positive and a negative advantage; 1 and 1.05 in the paper.
     """
 
     term = surrogate(

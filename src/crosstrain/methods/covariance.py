@@ -13,13 +13,24 @@ from crosstrain.objective.advantages import group_normalised
 from crosstrain.objective.denominators import old
 from crosstrain.objective.gates import always
 from crosstrain.objective.terms import by, surrogate
+from crosstrain.objective.words import says
 from crosstrain.types import Batch, Look, Method, Per, Scores, Source, Term, Updates
 
 CHOSEN = "covariant"
 """The column that says which tokens were chosen: 1, else 0."""
 
 
-@method(paper="arXiv:2505.22617", family="reinforcement learning")
+@method(
+    paper="arXiv:2505.22617",
+    family="reinforcement learning",
+    works=(
+        "Kept entropy up and scored higher than its baseline: with `kl_cov`, 2.0 percent on average for a 7B model and 6.4 "
+        "for a 32B one (arXiv:2505.22617)."
+    ),
+    deviates=(
+        "Tokens are chosen once per batch, with the policy that sampled it; the authors' code chooses anew in every mini-batch."
+    ),
+)
 def clip_cov(
     num_generations: int = 8,
     ratio: float = 2e-4,
@@ -35,7 +46,7 @@ def clip_cov(
     `lowest` and `highest`. Weight on grad log pi: m A r / N. PPO's clip is left out, as the authors' scripts open it to a bound
     of 1.
 
-    Tokens are chosen once per batch, with the policy that sampled it; the authors' code chooses anew in every mini-batch.
+    ratio: of all tokens, the authors'. lowest, highest: between which a covariance must lie, 1 and 5 in the authors' scripts.
     """
     if not 0 < ratio < 1 or lowest >= highest:
         raise ValueError(
@@ -48,6 +59,7 @@ def clip_cov(
         drawn = _uniform(batch).to(covariance)
         return _smallest(torch.where(candidates, drawn, torch.full_like(drawn, 2.0)), n) & candidates
 
+    @says("0 on a few tokens of high covariance, else 1")
     def gate(found: Tensor, logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         return 1 - batch.columns[CHOSEN].to(found.dtype)
 
@@ -63,7 +75,19 @@ def clip_cov(
     return _made((term,), choose, num_generations, Updates(num_iterations, minibatches))
 
 
-@method(paper="arXiv:2505.22617", family="reinforcement learning")
+@method(
+    paper="arXiv:2505.22617",
+    family="reinforcement learning",
+    works=(
+        "Kept entropy up and scored higher than its baseline: with `clip_cov`, 2.0 percent on average for a 7B model and "
+        "6.4 for a 32B one (arXiv:2505.22617)."
+    ),
+    deviates=(
+        "Tokens are chosen once per batch, with the policy that sampled it; the authors' code chooses anew in every "
+        "mini-batch. verl's own defaults are "
+        "other ones: a ratio of 2e-4 and a beta of 0.1."
+    ),
+)
 def kl_cov(
     num_generations: int = 8, ratio: float = 2e-3, beta: float = 1.0, num_iterations: int = 1, minibatches: int = 8
 ) -> Method:
@@ -73,8 +97,9 @@ def kl_cov(
     with r = pi / pi_old and the group-normalised A of `grpo`; c is 1 for the `ratio` of all tokens (at least one) with the highest
     (A - mean A) (log pi - mean log pi). Weight on grad log pi: (A r - c beta sign(log pi - log pi_old)) / N. No PPO clip anywhere.
 
-    ratio: the authors' for 7B models, 2e-4 for 32B. With one optimizer step per batch the second part has no gradient. Tokens are
-    chosen once per batch, with the policy that sampled it.
+    ratio: the authors' for 7B models, 2e-4 for 32B. beta: 1 in the authors' scripts (0.1 is the default of verl's code).
+
+    With one optimizer step per batch the second part has no gradient.
     """
     if not 0 < ratio < 1 or beta <= 0:
         raise ValueError(f"got ratio={ratio}, beta={beta}; ratio must be in (0, 1) and beta positive")

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from crosstrain.methods.docstring import said
 from crosstrain.methods.registry import METHODS, factory_of, load_method
+from crosstrain.objective.words import words_of
 from crosstrain.types import Batch, Method, Source, Term, Weights
 
 WHAT_IS_NEEDED = {
@@ -20,17 +22,30 @@ WHAT_IS_NEEDED = {
 
 
 def record(name: str) -> dict[str, Any]:
-    """A method as JSON holds it: name, family, direction, data, needs, paper, year, checked, summary, description, settings,
-    updates and terms. UserError for an unknown name, with the nearest one; a method of a file of your own has no family, paper
-    and year.
+    """A method as JSON holds it, for tables, pages and programs.
+
+        name, family, direction, data, needs, paper, year, checked
+        summary, idea, loss, weight, notes
+                                        from its docstring (see `docstring`): what it is in a line and in more, the objective, the
+                                        weight of a token, and the rest
+        description                     all of the docstring
+        settings, about                 of each setting its default, and what it is
+        updates                         inner updates per collected batch
+        terms                           of each: name, on, per, coefficient, loss, reads, and `estimator`: what it is in the unified
+                                        estimator (arXiv:2509.04419), in words, None for a term that is no surrogate
+        works, fails, deviates          when the literature finds that it helps and when not, and where this one differs
+
+    UserError for an unknown name, with the nearest one; a method of a file of your own has no family, paper and year.
 
     >>> found = record("dapo")
     >>> found["data"], found["needs"], found["year"], found["checked"]
     ('online', ['verifier'], 2025, 'official source')
+    >>> record("dft")["terms"][0]["estimator"]
+    {'gate': '1', 'denominator': '1', 'advantage': '1', 'on': 'expert', 'within': '', 'per': 'own_tokens'}
     """
-    made = load_method(name)
+    made, factory = load_method(name), factory_of(name)
     entry = METHODS.get(name)
-    text = inspect.getdoc(factory_of(name)) or ""
+    text = said(factory, made.settings)
     return {
         "name": name,
         "family": None if entry is None else entry.family,
@@ -40,9 +55,14 @@ def record(name: str) -> dict[str, Any]:
         "paper": made.paper or None,
         "year": None if entry is None else entry.year,
         "checked": None if entry is None else entry.checked,
-        "summary": text.split("\n", 1)[0],
-        "description": text,
+        "summary": text.summary,
+        "idea": list(text.idea),
+        "loss": text.loss,
+        "weight": text.weight,
+        "notes": list(text.notes),
+        "description": inspect.getdoc(factory) or "",
         "settings": dict(made.settings),
+        "about": {name: text.settings.get(name, "") for name in made.settings},
         "updates": {"epochs": made.updates.epochs, "minibatches": made.updates.minibatches},
         "terms": [
             {
@@ -52,9 +72,27 @@ def record(name: str) -> dict[str, Any]:
                 "coefficient": "schedule" if callable(term.coef) else float(term.coef),
                 "loss": term.describe,
                 "reads": sorted(term.needs),
+                "estimator": estimator_of(term, made),
             }
             for term in made.terms
         ],
+        "works": "" if entry is None else entry.works,
+        "fails": "" if entry is None else entry.fails,
+        "deviates": "" if entry is None else entry.deviates,
+    }
+
+
+def estimator_of(term: Term, method: Method) -> dict[str, str] | None:
+    """The slots of the unified estimator and the normaliser, in words; None for a term that is no surrogate."""
+    if "denominator" not in term.slots:
+        return None
+    return {
+        "gate": term.slots["gate"],
+        "denominator": term.slots["denominator"],
+        "advantage": term.slots.get("advantage") or words_of(method.advantage),
+        "on": on_what(term),
+        "within": term.slots["within"],
+        "per": str(term.per),
     }
 
 

@@ -10,14 +10,26 @@ from crosstrain.objective.terms import best_by, by, nll, pairwise, pairwise_logi
 from crosstrain.types import Method, Per, Source
 
 
-@method(paper="arXiv:2305.18290", family="preference")
+@method(
+    paper="arXiv:2305.18290",
+    family="preference",
+    fails=(
+        "The probability of chosen answers often falls together with that of rejected ones, which a likelihood term "
+        "beside it counters (arXiv:2404.19733)."
+    ),
+    deviates="The authors' learning rates are for RMSprop; here AdamW steps.",
+)
 def dpo(beta: float = 0.1, label_smoothing: float = 0.0) -> Method:
     """Direct preference optimisation.
 
     Loss: mean over pairs of -log sigmoid(beta (d_chosen - d_rejected)), d = sum_t log pi(y_t) - log ref(y_t).
     Weight on grad log pi: +- beta sigmoid(-beta (d_chosen - d_rejected)) / N_pairs on every token of the answer.
-    The reference is the model the stage started from. label_smoothing e in [0, 0.5) is conservative DPO
-    (TRL's setting of that name belongs to its loss `robust`, another formula).
+
+    beta: how much a log-prob may move from the reference, 0.1 in the paper. label_smoothing: e in [0, 0.5), the share of pairs
+    that are taken to be the wrong way round (conservative DPO; TRL's setting of that name belongs to its loss `robust`, another
+    formula).
+
+    The reference is the model the stage started from.
     """
     _check(beta)
     if not 0 <= label_smoothing < 0.5:
@@ -44,12 +56,22 @@ def cdpo(beta: float = 0.1, label_smoothing: float = 0.1) -> Method:
     return dpo(beta=beta, label_smoothing=label_smoothing)
 
 
-@method(paper="arXiv:2404.19733", family="preference", checked="port")
+@method(
+    paper="arXiv:2404.19733",
+    family="preference",
+    checked="port",
+    works=(
+        "Keeps the chosen answers' probability from falling in iterated preference optimisation of reasoning "
+        "(arXiv:2404.19733)."
+    ),
+)
 def dpo_nll(beta: float = 0.1, nll_coef: float = 1.0) -> Method:
     """DPO with the chosen answer's likelihood beside it (iterative reasoning preference optimisation, RPO).
 
     Loss: mean over pairs of the `dpo` loss and nll_coef times the mean over the chosen answer's tokens of -log pi. Weight: DPO's,
     and nll_coef / (T_chosen N_pairs) on the tokens of the chosen answer, whose probability DPO alone often lets fall.
+
+    beta: as for `dpo`. nll_coef: the paper's alpha, 1.
     """
     _check(beta)
     if nll_coef <= 0:
@@ -64,15 +86,23 @@ def dpo_nll(beta: float = 0.1, nll_coef: float = 1.0) -> Method:
     )
 
 
-@method(paper="arXiv:2310.12036", family="preference", checked="port")
+@method(
+    paper="arXiv:2310.12036",
+    family="preference",
+    checked="port",
+    deviates=(
+        "Log-probs are summed, as in the paper; TRL takes their mean, which is the setting `average`. A tau found with "
+        "one is of no use with the other."
+    ),
+)
 def ipo(tau: float = 0.1, average: bool = False) -> Method:
     """IPO: a margin that is to be 1 / (2 tau), and no larger.
 
     Loss: mean over pairs of (d_chosen - d_rejected - 1 / (2 tau))^2, d = sum_t log pi(y_t) - log ref(y_t). Weight on grad log pi:
     -+ 2 (d_chosen - d_rejected - 1 / (2 tau)) / N_pairs on every token of the answer.
 
-    average: d is a mean over tokens instead of the paper's sum, as in TRL (whose `beta` is tau): a tau found with one is of no use
-    with the other.
+    tau: 0.1 as in HALOs. average: d is a mean over tokens instead of the paper's sum, as in TRL (whose `beta` is tau): a tau
+    found with one is of no use with the other.
     """
     if tau <= 0:
         raise ValueError(f"tau: got {tau}; it must be positive")

@@ -19,9 +19,13 @@ def gem(beta: float = 0.7, h: Literal["logsigmoid", "linear"] = "logsigmoid") ->
     """GEM: imitation that keeps the distribution broad.
 
     Loss: sum_t of -sum_v q_v w_v (log pi(y_t) - log pi(v)) over the vocabulary, divided by all supervised tokens, with
-    q = sg(softmax(z / beta)), z the logits, and w_v = 1 (h "linear") or sg(sigmoid(0.01 (z_v - z_y))) ("logsigmoid"). A gradient on
-    logits, not on log pi(y_t) alone; with h "linear" it is softmax(z / beta) - onehot(y_t): beta times cross-entropy at temperature
-    beta.
+    q = sg(softmax(z / beta)), z the logits, and w_v = 1 (h "linear") or sg(sigmoid(0.01 (z_v - z_y))) ("logsigmoid").
+
+    Weight: a gradient on logits, not on log pi(y_t) alone; with h "linear" it is softmax(z / beta) - onehot(y_t): beta times
+    cross-entropy at temperature beta.
+
+    beta: the temperature of q, 0.7 in the authors' code; near 1 it is plain imitation's gradient. h: the authors' default is
+    "logsigmoid".
     """
     if beta <= 0:
         raise ValueError(f"beta: got {beta}; it must be positive")
@@ -38,16 +42,24 @@ def gem(beta: float = 0.7, h: Literal["logsigmoid", "linear"] = "logsigmoid") ->
     return Method(terms=(term,), plan=demonstrations(), advantage=ones, channels={name: _gem(beta, h == "linear")})
 
 
-@method(paper="arXiv:2509.26313", family="supervised", checked="reconstructed")
+@method(
+    paper="arXiv:2509.26313",
+    family="supervised",
+    checked="reconstructed",
+    deviates=(
+        "Reconstructed from descriptions: no code of the authors was found, and both settings are unconfirmed. The paper "
+        "draws tokens at every position; this is what their mean tends to."
+    ),
+)
 def otr(beta: float = -0.1, temperature: float = 1.3) -> Method:
     """OTR (one-token rollout), in expectation: at every position of the demonstration, one token of its own is rewarded.
 
     Loss: -sum_v q_v R_v log pi(v) over the vocabulary, averaged over all supervised tokens, with q = sg(softmax(z /
-    temperature)), z the logits, R = 1 for the demonstration's token and beta for any other. At temperature 1 the weight on grad
-    log pi(y_t) is (1 - beta) p_t: `dft` times a constant.
+    temperature)), z the logits, R = 1 for the demonstration's token and beta for any other.
 
-    Reconstructed: no code of the authors was found, and beta and temperature are not confirmed. The paper draws a number of tokens
-    per position; this is what their mean tends to.
+    Weight: on the whole distribution; at temperature 1 it is (1 - beta) p_t on grad log pi(y_t): `dft` times a constant.
+
+    beta: the reward of a wrong token. temperature: at which the token is drawn. Both are unconfirmed.
     """
     if temperature <= 0:
         raise ValueError(f"temperature: got {temperature}; it must be positive")

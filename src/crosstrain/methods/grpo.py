@@ -14,7 +14,24 @@ from crosstrain.types import Method, Per, Source, Term, Updates, keep
 Average = Literal["sequences", "tokens", "constant"]
 
 
-@method(paper="arXiv:2402.03300", family="reinforcement learning", checked="port")
+@method(
+    paper="arXiv:2402.03300",
+    family="reinforcement learning",
+    checked="port",
+    works=(
+        "Raises accuracy at one sample above the base model's (arXiv:2504.13837), and forgets less than imitation for the "
+        "same gain (arXiv:2509.04259)."
+    ),
+    fails=(
+        "At many samples per question (128 and more) the base model stays ahead (arXiv:2504.13837). A prompt whose "
+        "rewards are all equal teaches nothing; dividing by the standard deviation and by an answer's own length biases "
+        "it (arXiv:2503.20783)."
+    ),
+    deviates=(
+        "Under the same name TRL has no KL, divides by all tokens and clips as DAPO does; verl divides by all tokens. The "
+        "defaults here are the paper's."
+    ),
+)
 def grpo(
     num_generations: int = 8,
     beta: float = 0.04,
@@ -39,14 +56,15 @@ def grpo(
 
     beta: 0 turns the KL off (no reference is kept then). epsilon_high: DAPO's upper bound; equal to epsilon by default.
     scale_rewards: "none" only centres (Dr. GRPO). average: "sequences" is the paper's; "tokens" divides by all tokens of the
-    step (DAPO); "constant" by sequences times max_completion_length (Dr. GRPO). num_iterations, minibatches: inner
-    updates per collected batch; with one, r = 1 and the clip is inert. dynamic_sampling: up to that many draws per step to
-    replace groups whose rewards are all equal (1: keep them, as the paper does). dual_clip: for A < 0 the loss is at most
-    -dual_clip A.
-    off_policy_correction: what the policy term is multiplied with, without gradient, where the sampler's probabilities differ from
-    the trainer's, w = pi_old / pi_sampler: "truncate" min(w, correction_cap) (TIS); "mask" w within [correction_lowest,
-    correction_cap] and 0 outside (IcePop; 0.5 and 5 there); "sequence_mask" the product over a sequence, 0 above the cap (TRL;
-    3 there). In one process w is 1 but for rounding.
+    step (DAPO); "constant" by sequences times max_completion_length (Dr. GRPO). max_completion_length: that constant.
+    num_iterations, minibatches: inner updates per collected batch; with one, r = 1 and the clip is inert. dynamic_sampling: up
+    to that many draws per step to replace groups whose rewards are all equal (1: keep them, as the paper does). dual_clip: for
+    A < 0 the loss is at most -dual_clip A. off_policy_correction: what the policy term is multiplied with, without gradient,
+    where the sampler's probabilities differ from the trainer's, w = pi_old / pi_sampler: "truncate" min(w, correction_cap)
+    (TIS); "mask" w within [correction_lowest, correction_cap] and 0 outside (IcePop; 0.5 and 5 there); "sequence_mask" the
+    product over a sequence, 0 above the cap (TRL; 3 there). In one process w is 1 but for rounding. correction_cap,
+    correction_lowest: the bounds of that correction; 2 is verl's cap.
+
     TRL's GRPO differs in its defaults: beta 0, DAPO's token average, and a KL term multiplied by r (use_bias_correction_kl).
     """
     _check(beta, scale_rewards, average, max_completion_length, dynamic_sampling)
@@ -92,7 +110,9 @@ def dr_grpo(
 ) -> Method:
     """Dr. GRPO: GRPO without the two biases, no std and no division by a sequence's own length.
 
-    `grpo` with beta 0, scale_rewards "none" and average "constant": sum over tokens / (sequences * max_completion_length).
+    Loss: `grpo` with beta 0, scale_rewards "none" and average "constant": sum over tokens / (sequences * max_completion_length).
+    Weight on grad log pi: gate r A / (N max_completion_length), A = R - group mean.
+
     max_completion_length: the constant, 3000 in the authors' script; set it to your own token limit.
     """
     return grpo(
@@ -106,7 +126,14 @@ def dr_grpo(
     )
 
 
-@method(paper="arXiv:2503.14476", family="reinforcement learning")
+@method(
+    paper="arXiv:2503.14476",
+    family="reinforcement learning",
+    deviates=(
+        "The authors' penalty for long answers grows over a buffer of lengths; here `sampling.truncated: penalise` takes "
+        "a constant off. Their scripts also set a dual clip of 10, which is off here."
+    ),
+)
 def dapo(
     num_generations: int = 16,
     epsilon: float = 0.2,
@@ -117,8 +144,13 @@ def dapo(
 ) -> Method:
     """DAPO: GRPO with a higher upper clip, a token average, no KL, and resampling of groups whose rewards are all equal.
 
-    `grpo` with epsilon_high 0.28, average "tokens", beta 0 and up to 10 draws. minibatches: the paper's 512 prompts in
-    mini-batches of 32. Its overlong penalty is the recipe's `sampling.truncated: penalise`.
+    Loss: `grpo` with epsilon_high 0.28, average "tokens", beta 0 and up to 10 draws. Weight on grad log pi: gate r A / N, N all
+    tokens of the step.
+
+    epsilon_high: the paper's, so that unlikely tokens can rise. minibatches: the paper's 512 prompts in mini-batches of 32.
+    dynamic_sampling: draws per step at most, the authors' 10.
+
+    Its overlong penalty is the recipe's `sampling.truncated: penalise`.
     """
     return grpo(
         num_generations=num_generations,

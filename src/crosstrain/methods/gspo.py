@@ -15,7 +15,12 @@ from crosstrain.types import Batch, Method, Per, Scores, Source, Updates, Value
 OLD = frozenset({"old_logp"})
 
 
-@method(paper="arXiv:2507.18071", family="reinforcement learning", checked="port")
+@method(
+    paper="arXiv:2507.18071",
+    family="reinforcement learning",
+    checked="port",
+    deviates="verl's port cuts a sequence's mean log-ratio at 10; here it is not cut.",
+)
 def gspo(
     num_generations: int = 8, epsilon: float = 3e-4, epsilon_high: float = 4e-4, num_iterations: int = 1, minibatches: int = 4
 ) -> Method:

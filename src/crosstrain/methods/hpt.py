@@ -11,20 +11,38 @@ from crosstrain.methods.plans import rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import centred, centred_on, mean_over
 from crosstrain.objective.terms import by, group_mean, nll, reinforce_loss, surrogate
+from crosstrain.objective.words import says
 from crosstrain.types import Batch, Group, Method, Per, Source, State
 
 
-@method(paper="arXiv:2509.04419", family="hybrid")
+@method(
+    paper="arXiv:2509.04419",
+    family="hybrid",
+    works="Reported ahead of imitation followed by RL with 46 thousand demonstrations (arXiv:2509.04419).",
+    fails=(
+        "Behind imitation followed by RL with 889 thousand demonstrations, and dependent on the model it starts from "
+        "(arXiv:2512.11470)."
+    ),
+    deviates=(
+        "Groups count alike; the authors' code sums rollouts over a constant length and averages demonstrations over the "
+        "micro-batch, so that the share of imitation follows the micro-batch."
+    ),
+)
 def hpt(num_generations: int = 8, gate: int = 0, sft_coef: float = 1.0, solved_above: float = 0.0) -> Method:
     """HPT (hybrid post-training), switch form: per prompt, supervised or reinforcement learning, never both.
 
     With s the number of solved rollouts (reward > solved_above): s <= gate removes every rollout of the prompt and trains on
-    its demonstration; otherwise the rollouts alone are trained on. Loss: mean over groups of
+    its demonstration; otherwise the rollouts alone are trained on.
+
+    Loss: mean over groups of
         sft_coef * mean_t of -log pi      for a group that failed
         mean over the group's tokens of -A log pi, A = R - mean R      otherwise (no std, no ratio)
     Weight: sft_coef / (T N_groups) on a demonstration, A / (group tokens * N_groups) on rollouts.
 
-    gate: 0 in the paper for Qwen models, 2 for Llama-3.1-8B (solved rollouts are then dropped too). Divided per group, so that
+    gate: 0 in the paper for Qwen models, 2 for Llama-3.1-8B (solved rollouts are then dropped too). sft_coef: 1 in the paper,
+    0.3 for Qwen2.5-Math-1.5B.
+
+    Divided per group, so that
     the share of imitation follows how many groups failed and not how long answers are; the authors' code sums rollouts
     over a constant length and averages demonstrations over the micro-batch, so that its share follows the micro-batch.
     """
@@ -62,7 +80,11 @@ SOFT = ((0.0, 1.0), (0.0, 1.0), (0.125, 0.5), (0.25, 0.25), (0.5, 0.125))
 table."""
 
 
-@method(paper="arXiv:2509.04419", family="hybrid")
+@method(
+    paper="arXiv:2509.04419",
+    family="hybrid",
+    deviates="One of the three tables in the authors' code; groups count alike, as in `hpt`.",
+)
 def hpt_soft(num_generations: int = 8, solved_above: float = 0.0) -> Method:
     """HPT, soft form: per prompt both, weighted by how many rollouts are solved.
 
@@ -75,6 +97,7 @@ def hpt_soft(num_generations: int = 8, solved_above: float = 0.0) -> Method:
     if num_generations != 8:
         raise ValueError(f"num_generations: got {num_generations}; the table of coefficients is for 8")
 
+    @says("a (R - mean R of the rollouts) on rollouts, b on the demonstration")
     def credit(batch: Batch) -> Tensor:
         own = (batch.source == int(Source.POLICY)).any(dim=1)
         share = mean_over(batch, (batch.reward > solved_above).to(batch.reward), own)

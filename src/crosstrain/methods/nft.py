@@ -19,7 +19,15 @@ LOWEST = 0.02
 LARGEST_LOG_RATIO = 10.0
 
 
-@method(paper="arXiv:2505.18116", family="supervised", direction="(SFT ->) RL")
+@method(
+    paper="arXiv:2505.18116",
+    family="supervised",
+    direction="(SFT ->) RL",
+    fails=(
+        "At one optimizer step per batch it has the gradient of Dr. GRPO or GRPO, whichever its weight is of "
+        "(arXiv:2505.18116)."
+    ),
+)
 def nft(
     num_generations: int = 16,
     weight: Literal["centred", "normalised", "none"] = "centred",
@@ -31,15 +39,15 @@ def nft(
 ) -> Method:
     """NFT: raise right answers, and lower wrong ones through the policy that would have given only them.
 
-    With q the share of right answers (reward above 0) in a group, within [0.02, 0.98], R = pi / pi_old per token and w a weight
-    of the group, the loss summed over tokens and divided by `constant` is
+    Loss: with q the share of right answers (reward above 0) in a group, within [0.02, 0.98], R = pi / pi_old per token and w a
+    weight of the group, summed over tokens and divided by `constant`,
         right answers    -w log R
         wrong answers    -negative w log max((1 - q R) / (1 - q), floor)
     Weight on grad log pi: w on right answers' tokens, -negative w q R / ((1 - q) max((1 - q R) / (1 - q), floor)) on wrong ones',
     since the floor lets the gradient through. Groups whose rewards are all equal are dropped.
 
     weight: w = 1 - q ("centred": at R = 1 Dr. GRPO's direction), sqrt((1 - q) / q) ("normalised": GRPO's) or 1. negative: 0 is
-    rejection sampling. constant: what the authors' code divides by, whatever the batch; floor: 1 there, so that a wrong token's
+    rejection sampling. constant: what the authors' code divides by, whatever the batch. floor: 1 there, so that a wrong token's
     gradient does not shrink as R grows.
     """
     if weight not in ("centred", "normalised", "none"):

@@ -13,13 +13,27 @@ from crosstrain.methods.uft import next_step, nothing
 from crosstrain.objective.advantages import centred_on
 from crosstrain.objective.schedules import cosine
 from crosstrain.objective.terms import by, clipped
+from crosstrain.objective.words import says
 from crosstrain.types import Batch, Group, Look, Method, Per, Plan, Request, Source, State, Updates
 
 TAUGHT = "taught"
 """The column that says which tokens of a prefix are trained on: 1, else 0."""
 
 
-@method(paper="arXiv:2507.01679", family="hybrid", checked="reconstructed")
+@method(
+    paper="arXiv:2507.01679",
+    family="hybrid",
+    checked="reconstructed",
+    works=(
+        "Scored 51.8 on average where the same training with the prefix frozen scored 45.4; it needed only 1 to 10 "
+        "percent of the demonstrations (arXiv:2507.01679)."
+    ),
+    fails="With all tokens of the prefix trained on it scored 45.7, and answers grew long (arXiv:2507.01679).",
+    deviates=(
+        "Written from an engineering note made with the authors' repository at hand, not from that. "
+        "Entropies are ranked over the whole step with the policy that sampled it; there, over a micro-batch with the current one."
+    ),
+)
 def prefix_rft(
     num_generations: int = 8,
     entropy_share: float = 0.2,
@@ -34,7 +48,9 @@ def prefix_rft(
     """Prefix-RFT: explore from a prefix of the demonstration, and imitate the prefix as far as the exploration succeeded.
 
     Of a group's rollouts one starts from the first share l of the demonstration, l uniform between a bound that falls from
-    `longest` to `shortest` along half a cosine over decay_steps steps, and `longest`. Loss: PPO's clipped loss, r = pi / pi_old,
+    `longest` to `shortest` along half a cosine over decay_steps steps, and `longest`.
+
+    Loss: PPO's clipped loss, r = pi / pi_old,
     summed over all tokens and divided by sequences times max_completion_length (Dr. GRPO), with the advantages
         plain rollouts            R - mean R of the plain rollouts
         continuation of a prefix  R, since it is alone in its group
@@ -42,8 +58,8 @@ def prefix_rft(
                                   policy is least sure, 0 on the others
     Weight on grad log pi: gate r A / (sequences max_completion_length).
 
-    Written from an engineering note made with the authors' repository at hand, which was not at hand here. Entropies are ranked
-    over the whole step with the policy that sampled it; there, over a micro-batch with the current one.
+    entropy_share: 0.2 in the paper. longest, shortest: shares of the demonstration, 0.95 and 0.05 there. decay_steps: 500
+    there, its whole training. max_completion_length: the constant that sums are divided by; set it to your own token limit.
     """
     if num_generations < 2:
         raise ValueError(f"num_generations: got {num_generations}; one rollout has a prefix, so it must be at least 2")
@@ -89,6 +105,9 @@ def prefix_rft(
     )
 
 
+@says(
+    "R - mean R of the plain rollouts on these and on the least sure tokens of a prefix, R on what continues a prefix, else 0"
+)
 def by_part(batch: Batch) -> Tensor:
     """[B, T]: the reward less the plain rollouts' mean on their tokens and on the taught ones of a prefix, the reward itself on
     what continues a prefix, 0 elsewhere."""

@@ -21,7 +21,15 @@ def reinforce(num_generations: int = 1) -> Method:
     return Method(terms=(term,), plan=rollouts(num_generations), advantage=raw_reward)
 
 
-@method(paper="arXiv:2402.14740", family="reinforcement learning", checked="port")
+@method(
+    paper="arXiv:2402.14740",
+    family="reinforcement learning",
+    checked="port",
+    deviates=(
+        "TRL's trainer of that name has a clipped ratio of whole sequences and takes a KL off the reward; the paper's "
+        "estimator, which this is, has neither."
+    ),
+)
 def rloo(num_generations: int = 4) -> Method:
     """RLOO: REINFORCE with the mean reward of the group's other completions as baseline.
 
@@ -37,19 +45,34 @@ def rloo(num_generations: int = 4) -> Method:
     return Method(terms=(term,), plan=rollouts(num_generations), advantage=leave_one_out)
 
 
-@method(paper="arXiv:2504.11343", family="rejection sampling")
+@method(
+    paper="arXiv:2504.11343",
+    family="rejection sampling",
+    deviates=(
+        "RAFT as published (arXiv:2304.06767) goes in rounds over a whole data set; here every step samples, keeps and "
+        "imitates."
+    ),
+)
 def raft(num_generations: int = 4, threshold: float = 0.0) -> Method:
     """RAFT: sample, keep what the verifier accepts, imitate it.
 
     Loss: -log pi averaged over the tokens of kept completions (reward > threshold). Weight: 1 / N on kept tokens, 0 elsewhere.
-    A group with nothing kept is dropped. RAFT is arXiv:2304.06767; this per-step form is that of arXiv:2504.11343.
+    A group with nothing kept is dropped.
+
+    threshold: above which a reward is accepted.
+
+    RAFT is arXiv:2304.06767; this per-step form is that of arXiv:2504.11343.
     """
 
     term = nll("kept", on=by(Source.POLICY), per=Per(("own_tokens",)))
     return Method(terms=(term,), plan=rollouts(num_generations), select=right_answers(threshold), advantage=ones)
 
 
-@method(paper="arXiv:2504.11343", family="rejection sampling")
+@method(
+    paper="arXiv:2504.11343",
+    family="rejection sampling",
+    works="About as good as GRPO (arXiv:2504.11343).",
+)
 def raft_pp(num_generations: int = 4, epsilon: float = 0.2, num_iterations: int = 1, minibatches: int = 4) -> Method:
     """RAFT++: RAFT with PPO's ratio and clip, for more than one optimizer step per batch.
 
@@ -69,7 +92,14 @@ def raft_pp(num_generations: int = 4, epsilon: float = 0.2, num_iterations: int 
     return Method(terms=(term,), plan=rollouts(num_generations), advantage=positive_reward, updates=updates)
 
 
-@method(paper="arXiv:2504.11343", family="rejection sampling")
+@method(
+    paper="arXiv:2504.11343",
+    family="rejection sampling",
+    works=(
+        "Most of what GRPO gains over rejection sampling is from leaving out prompts that are always wrong, as this does "
+        "(arXiv:2504.11343)."
+    ),
+)
 def reinforce_rej(num_generations: int = 4) -> Method:
     """Reinforce-Rej: REINFORCE on prompts that are neither always right nor always wrong.
 

@@ -12,6 +12,7 @@ from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import centred, raw_reward, whitened
 from crosstrain.objective.returns import kl_penalty, returns_to_go, token_rewards, whitened_tokens
 from crosstrain.objective.terms import by, clipped, kl
+from crosstrain.objective.words import says, words_of
 from crosstrain.types import Batch, Method, Per, Source, Term, Updates
 
 PENALTY = "kl_penalty"
@@ -59,8 +60,10 @@ def reinforce_pp_baseline(
 ) -> Method:
     """REINFORCE++-baseline: rewards centred in their group first, then normalised over the step.
 
-    As `reinforce_pp` with A = (B - mean B) / (std B + 1e-8), B = R - group mean; unlike GRPO's, its scale does not depend on how
-    much a single group's rewards vary. beta: coefficient of a k2 KL term to the reference, 0 for none.
+    Loss: as `reinforce_pp` with A = (B - mean B) / (std B + 1e-8), B = R - group mean; unlike GRPO's, its scale does not depend on
+    how much a single group's rewards vary. Weight on grad log pi: gate r A / N.
+
+    beta: coefficient of a k2 KL term to the reference, 0 for none.
     """
     if num_generations < 2:
         raise ValueError(f"num_generations: got {num_generations}; a group mean needs at least 2")
@@ -82,10 +85,15 @@ def _made(credit: Callable[[Batch], Tensor], n: int, epsilon: float, beta: float
     ]
     if beta > 0:
         terms.append(kl("kl", on=on, per=per, estimator="k2", coef=beta))
+
+    @says(f"B less its mean, by its standard deviation, both over the tokens of the step, with B = {words_of(credit)}")
+    def over_the_step(batch: Batch) -> Tensor:
+        return whitened(batch, credit(batch))
+
     return Method(
         terms=tuple(terms),
         plan=rollouts(n),
-        advantage=lambda batch: whitened(batch, credit(batch)),
+        advantage=over_the_step,
         credits="step",
         updates=updates,
         reference="stage_start",

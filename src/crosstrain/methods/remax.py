@@ -14,6 +14,7 @@ from crosstrain.methods.uft import nothing
 from crosstrain.objective.advantages import centred_on
 from crosstrain.objective.returns import kl_penalty, returns_to_go, token_rewards
 from crosstrain.objective.terms import by, reinforce_loss, surrogate, token_sum
+from crosstrain.objective.words import says
 from crosstrain.types import Batch, Group, Method, Per, Plan, Request, Source, State
 
 PENALTY = "kl_penalty"
@@ -81,6 +82,7 @@ def with_baseline(group: Group, state: State) -> Group | None:
     return replace(group, trajectories=known) if greedy == 1 and len(known) > 1 else None
 
 
+@says("R - R of the greedy completion")
 def over_the_greedy_answer(batch: Batch) -> Tensor:
     """reward minus that of the group's greedy completion, [B]."""
     greedy = batch.columns.get("greedy")

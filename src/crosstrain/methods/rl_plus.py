@@ -15,7 +15,15 @@ from crosstrain.objective.terms import by, surrogate
 from crosstrain.types import Batch, Method, Per, Scores, Source, Updates
 
 
-@method(paper="arXiv:2508.00222", family="hybrid", direction="(SFT ->) RL")
+@method(
+    paper="arXiv:2508.00222",
+    family="hybrid",
+    direction="(SFT ->) RL",
+    deviates=(
+        "Divided by the tokens of the whole step; the authors' code divides by a constant length per micro-batch and adds "
+        "an entropy bonus of 0.001."
+    ),
+)
 def rl_plus(num_generations: int = 7, power: float = 0.5, num_iterations: int = 1, minibatches: int = 1) -> Method:
     """RL-PLUS: own rollouts and a demonstration in one group, with multiple importance sampling on the demonstration.
 
@@ -25,8 +33,7 @@ def rl_plus(num_generations: int = 7, power: float = 0.5, num_iterations: int = 
     with A = R - mean reward of the rollouts, no std and no clip. den mixes the policy at the start of the batch with a uniform one
     whose density is taken as 1. Weight: r A on own tokens, A (1 - p)^power p / den on expert tokens.
 
-    Differs on purpose, as `luffy`: divided by the tokens of the whole optimizer step; the authors' code divides by a constant
-    length per micro-batch and adds an entropy bonus of 0.001.
+    power: how much less likely tokens count, 0.5 in the authors' code.
     """
     per, needs = Per(("all_tokens",)), frozenset({"old_logp"})
     gate = unlikely(power)

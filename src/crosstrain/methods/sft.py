@@ -17,19 +17,34 @@ from crosstrain.objective.terms import by, nll, of_channel, seq_mean, surrogate,
 from crosstrain.types import Batch, Method, Per, Scores, Source
 
 
-@method(paper="arXiv:2109.01652", family="supervised", checked="port", direction="SFT")
+@method(
+    paper="arXiv:2109.01652",
+    family="supervised",
+    checked="port",
+    direction="SFT",
+    works=(
+        "A cheap and stable first stage where there are demonstrations and the model cannot yet sample a right answer "
+        "(arXiv:2603.13985). With varied prompts and written-out reasoning it matched or beat RL out of distribution on "
+        "two games (arXiv:2510.00237)."
+    ),
+    fails=(
+        "With one fixed prompt it lost out of distribution where RL gained (arXiv:2501.17161). It moves a model further "
+        "from its start than RL does, and forgets more (arXiv:2509.04259)."
+    ),
+    deviates="NEFTune's noise is scaled by a row's own length; the authors' code takes the padded batch's.",
+)
 def sft(
     average: Literal["tokens", "sequences"] = "tokens", label_smoothing: float = 0.0, neftune_noise_alpha: float = 0.0
 ) -> Method:
     """Supervised fine-tuning: the demonstrations' mean negative log-likelihood.
 
-    Loss: -sum_t log pi(y_t) / N. average: "tokens" divides by all supervised tokens of the step, so long answers weigh more;
-    "sequences" gives every demonstration the same weight. Weight on grad log pi: 1 / N, or 1 / (T_i N).
+    Loss: -sum_t log pi(y_t) / N. Weight on grad log pi: 1 / N, or 1 / (T_i N).
 
-    label_smoothing: e of every token's target spread over the whole vocabulary: (1 - e) -log pi(y_t) + e mean_v -log pi(v), as in
-    the HF Trainer and torch. neftune_noise_alpha: noise on the input embeddings in training, uniform in +- alpha / sqrt(L D), L a
-    sequence's tokens and D their width (NEFTune, arXiv:2310.05914, which uses 5, 10 and 15); the authors' L counts the batch's
-    padding too, so that the noise depends on neighbours.
+    average: "tokens" divides by all supervised tokens of the step, so long answers weigh more; "sequences" gives every
+    demonstration the same weight. label_smoothing: e of every token's target spread over the whole vocabulary: (1 - e) -log
+    pi(y_t) + e mean_v -log pi(v), as in the HF Trainer and torch. neftune_noise_alpha: noise on the input embeddings in
+    training, uniform in +- alpha / sqrt(L D), L a sequence's tokens and D their width (NEFTune, arXiv:2310.05914, which uses 5,
+    10 and 15); the authors' L counts the batch's padding too, so that the noise depends on neighbours.
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing: got {label_smoothing}; it must be in [0, 1)")
@@ -82,13 +97,23 @@ def neftune(alpha: float) -> Callable[[Tensor, Batch], Tensor]:
     return noisy
 
 
-@method(paper="arXiv:2508.05629", family="supervised")
+@method(
+    paper="arXiv:2508.05629",
+    family="supervised",
+    works="Where the demonstration is one of many right answers (its authors' README; arXiv:2508.05629).",
+    fails=(
+        "For teaching new facts (the same README). As the imitation half of a mix with RL, its weight made entropy "
+        "collapse (arXiv:2508.11408)."
+    ),
+    deviates="The authors' code leaves the weight out when sequences are split over devices; here it is always there.",
+)
 def dft() -> Method:
     """Dynamic fine-tuning: supervised fine-tuning weighted by the token's own probability.
 
     Loss (logged): -sum_t sg(p_t) log p_t / N over all supervised tokens. Its gradient is that of -sum_t p_t / N: the primitive
-    with denominator 1. Weight on grad log pi: p_t / N. Good where the demonstration is one of many right answers, bad for
-    teaching new facts (the authors' README).
+    with denominator 1. Weight on grad log pi: p_t / N.
+
+    Good where the demonstration is one of many right answers, bad for teaching new facts (the authors' README).
     """
 
     def published(scores: Scores, batch: Batch, on: Tensor) -> Tensor:

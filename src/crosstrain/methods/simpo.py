@@ -15,7 +15,11 @@ from crosstrain.objective.terms import best_by, by, nll, pairwise, seq_mean, tok
 from crosstrain.types import Batch, Example, Method, Per, Source, State, Trajectory
 
 
-@method(paper="arXiv:2405.14734", family="preference")
+@method(
+    paper="arXiv:2405.14734",
+    family="preference",
+    deviates="gamma is the margin itself, as in the paper; the authors' code sets its ratio to beta.",
+)
 def simpo(beta: float = 2.0, gamma: float = 1.0) -> Method:
     """SimPO: mean log-probs in place of a reference, and a margin.
 
@@ -50,6 +54,8 @@ def cpo(beta: float = 0.1, nll_coef: float = 1.0) -> Method:
     Loss: mean over pairs of -log sigmoid(beta (s_chosen - s_rejected)), s the sum over an answer's tokens of log pi, plus nll_coef
     times the mean over all tokens of chosen answers of -log pi. Weight on grad log pi: +- beta sigmoid(-beta (s_chosen -
     s_rejected)) / N_pairs, and nll_coef / N_chosen_tokens on chosen tokens.
+
+    beta: the scale of the difference, 0.1 in the authors' code. nll_coef: how much imitation of chosen answers counts, 1 there.
     """
     _positive(beta=beta)
 

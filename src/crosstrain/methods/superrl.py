@@ -12,7 +12,13 @@ from crosstrain.objective.terms import by, clipped, group_mean, nll, seq_mean
 from crosstrain.types import Group, Method, Per, Source, State, Updates
 
 
-@method(paper="arXiv:2506.01096", family="hybrid", checked="reconstructed", direction="(SFT ->) RL")
+@method(
+    paper="arXiv:2506.01096",
+    family="hybrid",
+    checked="reconstructed",
+    direction="(SFT ->) RL",
+    deviates="Reconstructed: no code of the authors was found. That groups count alike, and not tokens, is a choice made here.",
+)
 def superrl(
     trigger: Literal["rewards", "advantages"] = "rewards",
     num_generations: int = 8,
@@ -27,7 +33,9 @@ def superrl(
     1 / (T N_groups) on a demonstration, gate r A / (group tokens N_groups) on rollouts.
 
     trigger: "rewards" when none is above 0 (SuperRL-R, the rule of `hpt` with gate 0), "advantages" when all are (SuperRL-A, which
-    takes prompts that are always solved too). No code of the authors was found: that groups count alike, and not tokens, is this
+    takes prompts that are always solved too).
+
+    No code of the authors was found: that groups count alike, and not tokens, is this
     library's choice, made so that the share of imitation follows how many groups failed.
     """
     if trigger not in ("rewards", "advantages"):
@@ -59,12 +67,22 @@ def superrl(
     )
 
 
-@method(paper="arXiv:2506.01096", family="reinforcement learning", checked="paper")
+@method(
+    paper="arXiv:2506.01096",
+    family="reinforcement learning",
+    checked="paper",
+    works=(
+        "Leaving out prompts that are always wrong was found to be most of what GRPO gains over rejection sampling "
+        "(arXiv:2504.11343)."
+    ),
+)
 def drop_dead(num_generations: int = 8, epsilon: float = 0.2, num_iterations: int = 1, minibatches: int = 1) -> Method:
     """GRPO without the prompts whose rewards are all equal: the baseline that a reviewer of SuperRL missed.
 
-    `grpo` with beta 0, except that such a group does not count among the sequences that the loss is divided by: a step in which
-    half of the prompts are dead is not half as large. Nothing is drawn in their place, as `dapo` does.
+    Loss: `grpo` with beta 0, except that such a group does not count among the sequences that the loss is divided by: a step in
+    which half of the prompts are dead is not half as large. Weight on grad log pi: gate r A / (T_i N).
+
+    Nothing is drawn in their place, as `dapo` does.
     """
     term = clipped(
         "rl",

@@ -13,6 +13,7 @@ from crosstrain.methods.uft import nothing
 from crosstrain.objective.advantages import centred
 from crosstrain.objective.denominators import floored, old
 from crosstrain.objective.terms import by, surrogate
+from crosstrain.objective.words import says
 from crosstrain.types import Batch, Group, Look, Method, Per, Plan, Request, Source, State, Updates
 
 TAUGHT = "taught"
@@ -22,20 +23,29 @@ ROUNDS = ((4, 0.0, 0), (2, 0.25, 2), (1, 0.5, 4), (1, 1.0, 7))
 """Rollouts of a round, the share of the demonstration that they start from, and below how many solved so far they do."""
 
 
-@method(paper="arXiv:2512.17636", family="hybrid", direction="(SFT ->) RL")
+@method(
+    paper="arXiv:2512.17636",
+    family="hybrid",
+    direction="(SFT ->) RL",
+    deviates=(
+        "Prefixes are cut between tokens, in the authors' code at the next paragraph; divided by all tokens of the step, "
+        "untaught prefixes among them, there by a constant length per micro-batch."
+    ),
+)
 def trapo(lowest: float = 0.1, solved_above: float = 0.0, num_iterations: int = 1, minibatches: int = 1) -> Method:
     """TRAPO (trust-region adaptive policy optimisation): hints where a prompt is not solved without, and imitation of these.
 
     A prompt gets four rollouts, then two, one and one. The two start from the first quarter of the demonstration unless two are
-    solved by then, the next from its first half unless four are, the last from all of it but its end unless seven are. Loss,
-    summed over the tokens of both parts and divided by all of them:
+    solved by then, the next from its first half unless four are, the last from all of it but its end unless seven are.
+
+    Loss, summed over the tokens of both parts and divided by all of them:
         own tokens    -A r                      r = pi / pi_old, A = R - group mean (no std, no clip)
         prefixes      -p / max(sg(p), lowest)   of one rollout for each length of hint (TrSFT)
     Weight on grad log pi: r A / N on own tokens, p / max(p, lowest) / N on a taught prefix: 1 where the policy would say it, less
     where it would not.
 
-    Prefixes are cut between tokens, in the authors' code at the next paragraph; it divides by a constant length per micro-batch,
-    here prefixes that are not taught count among the tokens. solved_above: a rollout with a larger reward is solved.
+    lowest: the probability below which imitation weakens, 0.1 in the authors' script. solved_above: a rollout with a larger
+    reward is solved.
     """
 
     def following(group: Group, state: State) -> Sequence[Request]:
@@ -76,6 +86,7 @@ def trapo(lowest: float = 0.1, solved_above: float = 0.0, num_iterations: int = 
     )
 
 
+@says("1 in rows whose hint is imitated, else 0")
 def taught(ratio: Tensor, logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     """The gate: 1 in rows whose prefix is imitated."""
     return batch.columns[TAUGHT].to(ratio.dtype)
@@ -90,6 +101,7 @@ def one_for_each_hint(look: Look, batch: Batch) -> Tensor:
     return column
 
 
+@says("R - mean R of the group on own tokens, 1 on a hint")
 def by_author(batch: Batch) -> Tensor:
     """[B, T]: the reward less the group's mean on own tokens, 1 on an expert's."""
     own = centred(batch)[:, None].expand(batch.source.shape)

@@ -16,7 +16,22 @@ CHUNKS = 5
 """Parts that a demonstration is cut into; the number revealed is binomial."""
 
 
-@method(paper="arXiv:2505.16984", family="hybrid")
+@method(
+    paper="arXiv:2505.16984",
+    family="hybrid",
+    works=(
+        "Exploring from a hint needs samples polynomial in the length of a solution, not exponential, in theory "
+        "(arXiv:2505.16984)."
+    ),
+    fails=(
+        "A small constant weight on the prefix, as here, scored 43.8 where Prefix-RFT's way scored 51.8 (ablation in "
+        "arXiv:2507.01679)."
+    ),
+    deviates=(
+        "Demonstrations are cut between tokens; the authors cut between the steps of a solution. A hint's tokens count "
+        "once for each rollout."
+    ),
+)
 def uft(
     num_generations: int = 4,
     hint_coef: float = 0.001,
@@ -31,11 +46,16 @@ def uft(
     """UFT (unified fine-tuning): explore from a hint, and imitate the hint a little.
 
     A hint is the first k of five equal parts of the row's demonstration, k binomial with a probability that falls from `highest` to
-    `lowest` along half a cosine over hint_steps steps, and 0 afterwards; all rollouts of a prompt continue the same hint. Loss:
-    GRPO's clipped loss over all tokens that the policy wrote, plus hint_coef times -log pi averaged over the hints' tokens, plus
-    beta k3 to the reference over own tokens. Weight on grad log pi: gate r A / N_own on own tokens, hint_coef / N_hint on hints.
+    `lowest` along half a cosine over hint_steps steps, and 0 afterwards; all rollouts of a prompt continue the same hint.
 
-    hint_steps: 300 of 500 in the paper. A demonstration's last token, which ends the answer, is never part of a hint. The authors
+    Loss: GRPO's clipped loss over all tokens that the policy wrote, plus hint_coef times -log pi averaged over the hints'
+    tokens, plus beta k3 to the reference over own tokens. Weight on grad log pi: gate r A / N_own on own tokens, hint_coef /
+    N_hint on hints.
+
+    hint_steps: 300 of 500 in the paper. highest, lowest: the probability at first and in the end, 0.95 and 0.05 there.
+    hint_coef: how much imitation of hints counts, 0.001 in the authors' script. beta: that of the KL, the same there.
+
+    A demonstration's last token, which ends the answer, is never part of a hint. The authors
     cut demonstrations between steps of a solution, here they are cut between tokens. A hint's tokens count once for each rollout.
     """
     if hint_coef < 0 or beta < 0:

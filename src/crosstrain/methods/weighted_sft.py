@@ -13,17 +13,23 @@ from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import ones
 from crosstrain.objective.denominators import Denominator
 from crosstrain.objective.terms import by, clipped, surrogate
+from crosstrain.objective.words import says
 from crosstrain.types import Batch, Method, Per, Scores, Source, Updates
 
 
-@method(paper="arXiv:2508.17784", family="supervised")
+@method(
+    paper="arXiv:2508.17784",
+    family="supervised",
+    fails="With one optimizer step per batch it is plain imitation: the clip needs several (arXiv:2508.17784).",
+)
 def psft(epsilon: float = 0.2, epsilon_high: float = 0.28, num_iterations: int = 1, minibatches: int = 8) -> Method:
     """PSFT (proximal SFT): PPO with an advantage of 1 on the demonstrations' tokens.
 
     Loss (logged): -sum_t min(r, clip(r, 1 - epsilon, 1 + epsilon_high)) / N over all supervised tokens, r = pi / pi_old, pi_old the
     policy at the start of the batch. Weight on grad log pi: r / N where r <= 1 + epsilon_high, else 0; the lower bound never acts.
 
-    minibatches: the paper's 64 examples in eight optimizer steps. With one, r = 1 and this is `sft`.
+    epsilon: never acts. epsilon_high: the upper bound of the clip, 0.28 in the authors' code. minibatches: the paper's 64
+    examples in eight optimizer steps. With one, r = 1 and this is `sft`.
     """
     term = clipped(
         "demo",
@@ -36,7 +42,14 @@ def psft(epsilon: float = 0.2, epsilon_high: float = 0.28, num_iterations: int =
     return Method(terms=(term,), plan=demonstrations(), advantage=ones, updates=Updates(num_iterations, minibatches))
 
 
-@method(paper="arXiv:2507.12856", family="supervised")
+@method(
+    paper="arXiv:2507.12856",
+    family="supervised",
+    deviates=(
+        "The default weight is the paper's ratio of trajectories; the authors' code takes the exponential of the mean "
+        'log-ratio, which is the setting "mean". The bound of 16 is theirs.'
+    ),
+)
 def iw_sft(
     weight: Literal["sequence", "mean", "token"] = "sequence", temperature: float = 1.0, highest: float = 16.0
 ) -> Method:
@@ -46,7 +59,12 @@ def iw_sft(
         sequence    w = exp(temperature sum_t d), the paper's ratio of trajectories
         mean        w = exp(temperature mean_t d), what the authors' code computes
         token       w = exp(temperature d) of each token, within [0.2, 1.8] (a variant in the authors' code)
-    the first two at most `highest` (16 in the authors' code). Weight on grad log pi: w / N. The reference is the model that the
+    the first two at most `highest`. Weight on grad log pi: w / N.
+
+    weight: the first is the paper's. temperature: 1 as the authors launch it; 2 is their code's default. highest: 16 in the
+    authors' code.
+
+    The reference is the model that the
     stage started from, so that the first step is `sft`.
     """
     if weight not in ("sequence", "mean", "token"):
@@ -75,6 +93,10 @@ def iw_sft(
 def _reweighted(weight: str, temperature: float, highest: float) -> Denominator:
     """pi / w: every token's ratio is w."""
 
+    of = {"sequence": "the sequence's sum of d", "mean": "the sequence's mean of d", "token": "d"}[weight]
+    bounds = "from 0.2 to 1.8" if weight == "token" else f"at most {highest:g}"
+
+    @says(f"pi / w, with w = exp({temperature:g} times {of}) {bounds}, d = log pi - log ref")
     def log_den(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         d = torch.where(on, logp.detach() - batch.columns["ref_logp"], torch.zeros_like(logp))
         if weight == "token":

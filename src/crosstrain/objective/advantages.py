@@ -8,24 +8,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crosstrain.objective.words import says
 from crosstrain.types import Batch, Source
 
 
+@says("R")
 def raw_reward(batch: Batch) -> Tensor:
     """The reward itself, [B]: REINFORCE without a baseline."""
     return batch.reward
 
 
+@says("max(R, 0)")
 def positive_reward(batch: Batch) -> Tensor:
     """max(reward, 0), [B]: rejection sampling trains on what was right (RAFT, arXiv:2504.11343 as loss)."""
     return batch.reward.clamp(min=0.0)
 
 
+@says("1")
 def ones(batch: Batch) -> Tensor:
     """1 for every row, [B]: imitation."""
     return torch.ones_like(batch.reward)
 
 
+@says("R - mean R of the group")
 def centred(batch: Batch, over: tuple[Source, ...] = (Source.EXPERT, Source.POLICY)) -> Tensor:
     """reward minus the mean reward of its group, [B] (Dr. GRPO, arXiv:2503.20783).
 
@@ -48,6 +53,7 @@ def mean_over(batch: Batch, values: Tensor, rows: Tensor) -> Tensor:
     return _group_mean_and_count(batch, _exact(values), rows.cpu())[0]
 
 
+@says("(R - mean R) / std R of the group")
 def group_normalised(batch: Batch, std_eps: float = 1e-6, over: tuple[Source, ...] = (Source.EXPERT, Source.POLICY)) -> Tensor:
     """(reward - group mean) / (group std + std_eps), [B], std with n - 1 (GRPO, arXiv:2402.03300).
 
@@ -80,6 +86,7 @@ def whitened(batch: Batch, values: Tensor, eps: float = 1e-8) -> Tensor:
     return ((value - mean) / (std + eps)).to(values)
 
 
+@says("R - mean R of the others of the group")
 def leave_one_out(batch: Batch) -> Tensor:
     """reward minus the mean reward of the *other* rows of its group, [B]: n / (n - 1) * centred (RLOO, arXiv:2402.14740).
 

@@ -13,16 +13,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from crosstrain.objective.words import says
 from crosstrain.types import Batch
 
 Denominator = Callable[[Tensor, Batch, Tensor], Tensor]
 
 
+@says("pi")
 def current(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     """The policy itself: ratio 1, weight A (SFT, REINFORCE)."""
     return logp.detach()
 
 
+@says("pi_old")
 def old(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     """The policy at the start of the batch's inner updates: the PPO ratio.
 
@@ -32,6 +35,7 @@ def old(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     return batch.columns.get("old_logp", logp).detach()
 
 
+@says("1")
 def one(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     """Density 1, for data whose author is unknown: ratio and weight are pi (DFT, arXiv:2508.05629)."""
     return torch.zeros_like(logp)
@@ -51,6 +55,7 @@ def shaped(gamma: float = 0.1) -> Denominator:
     if gamma <= 0:
         raise ValueError(f"shaped: got gamma={gamma}; it must be positive")
 
+    @says(f"(p + {gamma:g})^2 / {gamma:g}")
     def log_den(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         return 2 * torch.log(torch.exp(logp.detach()) + gamma) - math.log(gamma)
 
@@ -78,6 +83,7 @@ def shaped_behaviour(gamma: float = 0.1) -> Denominator:
     return log_den
 
 
+@says("1 / (1 - p)")
 def uncertain(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     """1 / (1 - p): weight p (1 - p), largest at p = 1/2 (CHORD-phi, arXiv:2508.11408).
 
@@ -95,12 +101,14 @@ def floored(lowest: float = 0.1) -> Denominator:
     if not 0 < lowest <= 1:
         raise ValueError(f"floored: got lowest={lowest}; it must be in (0, 1]")
 
+    @says(f"max(p, {lowest:g})")
     def log_den(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         return logp.detach().clamp(min=math.log(lowest))
 
     return log_den
 
 
+@says("(3 pi_old + 1) / 4")
 def mixture(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     """(pi_old + w) / 2 with w = (pi_old + 1) / 2: the old policy mixed with a uniform one whose density is taken as 1 (RL-PLUS,
     arXiv:2508.00222)."""
@@ -108,6 +116,7 @@ def mixture(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     return torch.log((p + (p + 1) / 2) / 2)
 
 
+@says("pi / s, with s = exp(mean over the sequence of log(pi / pi_old))")
 def sequence(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     """pi / s with s = exp(mean over the sequence of log(pi / old)): every token's ratio is s (GSPO, arXiv:2507.18071)."""
     return logp.detach() - _mean(logp.detach() - old(logp, batch, on), on)
@@ -120,6 +129,9 @@ def clipped_sequence(low: float, high: float) -> Denominator:
     arXiv:2507.20673.
     """
 
+    @says(
+        f"pi / rho, with rho = exp(mean over the sequence of log(pi / pi_old) cut at {high:g} for A > 0, at -{low:g} for A < 0)"
+    )
     def log_den(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         moved = logp.detach() - old(logp, batch, on)
         clipped = torch.where(batch.advantage > 0, moved.clamp(max=high), moved.clamp(min=-low))
@@ -134,6 +146,7 @@ def capped(low: float | None, high: float) -> Denominator:
     if high <= 0 or (low is not None and not 0 <= low < high):
         raise ValueError(f"capped: got low={low}, high={high}; high must be positive and low below it")
 
+    @says("pi / r', with r' = pi / pi_old, " + (f"from {low:g} to {high:g}" if low else f"at most {high:g}"))
     def log_den(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         moved = logp.detach() - old(logp, batch, on)
         return logp.detach() - moved.clamp(min=None if not low else math.log(low), max=math.log(high))

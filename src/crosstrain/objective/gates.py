@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from crosstrain.objective.denominators import old
+from crosstrain.objective.words import says
 from crosstrain.types import Batch
 
 Gate = Callable[[Tensor, Tensor, Batch, Tensor], Tensor]
 
 
+@says("1")
 def always(ratio: Tensor, logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     """1 everywhere."""
     return torch.ones_like(ratio)
@@ -43,6 +45,9 @@ def ppo_clip(low: float = 0.2, high: float = 0.2, dual: float | None = None) -> 
     if dual is not None and dual <= 1 + high:
         raise ValueError(f"ppo_clip: got dual={dual}; it must be above 1 + high = {1 + high:g}, or None for no dual clip")
 
+    further = "" if dual is None else f", or A < 0 and r > {dual:g}"
+
+    @says(f"0 where A > 0 and r > {1 + high:g}, or A < 0 and r < {1 - low:g}{further}; else 1")
     def gate(ratio: Tensor, logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         too_high = (batch.advantage > 0) & (ratio > 1 + high)
         too_low = (batch.advantage < 0) & (ratio < 1 - low)
@@ -60,6 +65,7 @@ def token_clip(low: float, high: float) -> Gate:
     if low <= 0 or high <= 0:
         raise ValueError(f"token_clip: got low={low}, high={high}; both must be positive")
 
+    @says(f"0 where A > 0 and log(pi / pi_old) > {high:g}, or A < 0 and log(pi / pi_old) < -{low:g}; else 1")
     def gate(ratio: Tensor, logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         moved = torch.where(on, logp - old(logp, batch, on), torch.zeros_like(logp))
         closed = ((batch.advantage > 0) & (moved > high)) | ((batch.advantage < 0) & (moved < -low))
@@ -73,6 +79,7 @@ def unlikely(power: float = 0.5) -> Gate:
     if power <= 0:
         raise ValueError(f"unlikely: got power={power}; it must be positive")
 
+    @says(f"(1 - p)^{power:g}")
     def gate(ratio: Tensor, logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         return (-torch.expm1(logp)) ** power
 
@@ -94,6 +101,14 @@ def correction(kind: Correction, cap: float, lowest: float = 0.0) -> Callable[[T
     if cap <= 0 or not 0 <= lowest < cap:
         raise ValueError(f"correction: got cap={cap}, lowest={lowest}; cap must be positive and lowest below it")
 
+    what = {
+        "none": "1",
+        "truncate": f"min(w, {cap:g})",
+        "mask": f"w within [{lowest:g}, {cap:g}], else 0",
+        "sequence_mask": f"the sequence's product of w, 0 above {cap:g}",
+    }[kind]
+
+    @says(f"{what}, with w = pi_old / sampler")
     def weight(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         if kind == "none":
             return torch.ones_like(logp)
@@ -118,6 +133,7 @@ def soft(positive: float = 1.0, negative: float = 1.05) -> Gate:
     if positive <= 0 or negative <= 0:
         raise ValueError(f"soft: got positive={positive}, negative={negative}; both must be positive")
 
+    @says(f"4 s (1 - s), with s = sigmoid(tau (r - 1)), tau = {positive:g} for A > 0, else {negative:g}")
     def gate(ratio: Tensor, logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         tau = (batch.advantage > 0).to(ratio.dtype) * (positive - negative) + negative
         s = torch.sigmoid(tau * (ratio - 1))

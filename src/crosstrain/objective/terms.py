@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from crosstrain.objective.denominators import Denominator, current, old
 from crosstrain.objective.gates import Gate, always, ppo_clip
 from crosstrain.objective.returns import divergence
+from crosstrain.objective.words import says, words_of
 from crosstrain.types import Batch, On, Per, Schedule, Scores, Source, Term, Value
 
 Normalise = Callable[[Tensor, Batch], Tensor]
@@ -37,17 +38,20 @@ def best_by(*sources: Source) -> On:
     return lambda batch: batch.written_by(*sources) & (batch.rank == 0)[:, None]
 
 
+@says("")
 def token_sum(on: Tensor, batch: Batch) -> Tensor:
     """Weight 1: nothing is divided within a sequence."""
     return on.to(batch.advantage.dtype)
 
 
+@says("mean over each sequence")
 def seq_mean(on: Tensor, batch: Batch) -> Tensor:
     """Weight 1 / T_i with T_i the term's own tokens of the sequence: a mean over each sequence."""
     weight = on.to(batch.advantage.dtype)
     return weight / weight.sum(dim=1, keepdim=True).clamp(min=1)
 
 
+@says("mean over the tokens of each group")
 def group_mean(on: Tensor, batch: Batch) -> Tensor:
     """Weight 1 / (the term's own tokens in the group): a token mean over each group. Needs `unit="group"`."""
     weight = on.to(batch.advantage.dtype)
@@ -85,7 +89,12 @@ def surrogate(
             opened = opened * corrected(scores.logp.detach(), batch, on).detach()
         return -opened * ratio * batch.advantage.detach() * normalise(on, batch)
 
-    return Term(name, value, on, per, coef, unit, needs, logged, describe)
+    slots = {
+        "gate": words_of(gate) + ("" if corrected is None else f"; times {words_of(corrected)}"),
+        "denominator": words_of(denominator),
+        "within": words_of(normalise),
+    }
+    return Term(name, value, on, per, coef, unit, needs, logged, describe, slots)
 
 
 def clipped(
@@ -166,7 +175,9 @@ def of_channel(
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
         return scores.channels[channel] * normalise(on, batch)
 
-    return Term(name, value, on, per, coef, needs=frozenset({channel}), describe=describe)
+    return Term(
+        name, value, on, per, coef, needs=frozenset({channel}), describe=describe, slots={"within": words_of(normalise)}
+    )
 
 
 def entropy_bonus(name: str, *, on: On, per: Per, normalise: Normalise = token_sum, coef: float = 0.001) -> Term:
@@ -175,7 +186,7 @@ def entropy_bonus(name: str, *, on: On, per: Per, normalise: Normalise = token_s
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
         return -scores.channels["entropy"] * normalise(on, batch)
 
-    return Term(name, value, on, per, coef, needs=frozenset({"entropy"}), describe="-H")
+    return Term(name, value, on, per, coef, needs=frozenset({"entropy"}), describe="-H", slots={"within": words_of(normalise)})
 
 
 def nll(
@@ -193,7 +204,8 @@ def nll(
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
         return -scores.logp * normalise(on, batch)
 
-    return Term(name, value, on, per, coef, unit, describe=describe)
+    slots = {"gate": "1", "denominator": "pi", "advantage": "1", "within": words_of(normalise)}
+    return Term(name, value, on, per, coef, unit, describe=describe, slots=slots)
 
 
 def kl(
@@ -217,7 +229,10 @@ def kl(
         difference = torch.where(on, scores.logp - batch.columns["ref_logp"], torch.zeros_like(scores.logp))
         return divergence(difference, estimator) * normalise(on, batch)
 
-    return Term(name, value, on, per, coef, needs=frozenset({"ref_logp"}), describe=f"{estimator} of log pi - log ref")
+    describe = f"{estimator} of log pi - log ref"
+    return Term(
+        name, value, on, per, coef, needs=frozenset({"ref_logp"}), describe=describe, slots={"within": words_of(normalise)}
+    )
 
 
 def pairwise(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 
 from plotly.offline import get_plotlyjs
 
+from crosstrain.page import document, part
 from crosstrain.studies.report_figures import Chart, accuracy_chart, as_json, charts
 from crosstrain.studies.report_samples import samples_section
 from crosstrain.studies.report_style import Style, styles
@@ -23,12 +23,6 @@ from crosstrain.studies.report_tables import (
 )
 from crosstrain.studies.report_text import UNITS, Results, quantity, say_verdict
 from crosstrain.studies.results import write_results
-
-# The page may run only what is inside it and may fetch nothing, even if model text found a way to ask.
-POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
-    "base-uri 'none'; form-action 'none'"
-)
 
 
 def write_report(folder: Path) -> Path:
@@ -71,18 +65,15 @@ def render(results: Results, folder: Path) -> str:
 
 
 def _page(title: str, body: str, figures: Mapping[str, object]) -> str:
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{_part('report.css')}</style></head><body><main>{body}</main>"
-        f'<script type="application/json" id="figures">{as_json(figures)}</script>'
-        f"<script>{get_plotlyjs()}</script><script>{_part('report.js')}</script></body></html>\n"
+    return document(
+        title,
+        body,
+        styles=[part("crosstrain.studies", "report.css")],
+        scripts=[
+            f'<script type="application/json" id="figures">{as_json(figures)}</script>',
+            f"<script>{get_plotlyjs()}</script><script>{part('crosstrain.studies', 'report.js')}</script>",
+        ],
     )
-
-
-def _part(name: str) -> str:
-    return resources.files("crosstrain.studies").joinpath(name).read_text(encoding="utf-8")
 
 
 def _section(title: str, about: str, *parts: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -31,7 +31,7 @@ from crosstrain.training.probe import product_weights
 from crosstrain.training.score import CHANNELS, score
 from crosstrain.training.tally import Tally
 from crosstrain.training.timing import clock
-from crosstrain.types import Batch, Group, Method, State
+from crosstrain.types import Batch, Group, Method, Scores, State
 
 PROBE, COEF = "grad_norm/", "coef/"
 """What the name of a probe, and of a coefficient that follows from a method's state, starts with; the name of a term follows."""
@@ -39,6 +39,10 @@ PROBE, COEF = "grad_norm/", "coef/"
 
 MOVED = "moved/"
 """What the name of a measured movement starts with; the name of a parameter follows."""
+
+See = Callable[[str, Batch, Scores, Mapping[str, Tensor]], None]
+"""Is shown what each term does to a micro-batch: its name, the micro-batch, its scores, and minus the term's gradient on `logp` and
+on every other channel that it has one on, [B, T]."""
 
 
 class NonFinite(RuntimeError):
@@ -115,7 +119,7 @@ def train_stage(
     body, head = product_weights(engine.model)
     while stage_progress(settings, progress) < 1.0:
         started = time.perf_counter()
-        torch.manual_seed(_step_seed(engine.seed, progress.step))  # dropout depends on (seed, step), not on history
+        torch.manual_seed(step_seed(engine.seed, progress.step))  # dropout depends on (seed, step), not on history
         collected = draw(engine, method, settings.batch_size, progress)
         usage = collected.usage
         cost = progress.cost + sampling_cost(engine, usage)
@@ -245,7 +249,7 @@ def minibatches(batch: Batch, method: Method, seed: int, step: int) -> Iterator[
         return
     groups = torch.unique(batch.group)
     for epoch in range(method.updates.epochs):
-        generator = torch.Generator().manual_seed(_step_seed(seed, step) + epoch)
+        generator = torch.Generator().manual_seed(step_seed(seed, step) + epoch)
         order = groups[torch.randperm(len(groups), generator=generator).to(groups.device)]
         # as even as can be: chunk(4) would cut six groups into three parts, which is an optimizer step too few
         for part in order.tensor_split(min(method.updates.minibatches, len(groups))):
@@ -294,12 +298,19 @@ def denominators(method: Method, batch: Batch, collected: Collected) -> dict[str
     return count(method.terms, batch, groups=groups, groups_before_select=before)
 
 
-def accumulate(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, float], optimizer: Optimizer) -> Meter:
+def accumulate(
+    engine: Engine,
+    method: Method,
+    batch: Batch,
+    counts: Mapping[str, float],
+    optimizer: Optimizer,
+    see: See | None = None,
+) -> Meter:
     """The gradient of a whole batch, micro-batch by micro-batch, in place of what was there; and what was metered on the way."""
     optimizer.zero_grad()
     meter = Meter()
     for index in micro_batches(engine, method, batch, engine.micro_batch_tokens):
-        backward(engine, method, batch.rows(index), counts, meter)
+        backward(engine, method, batch.rows(index), counts, meter, see)
     return meter
 
 
@@ -325,7 +336,9 @@ def measure_probes(
     return found
 
 
-def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, float], meter: Meter) -> None:
+def backward(
+    engine: Engine, method: Method, batch: Batch, counts: Mapping[str, float], meter: Meter, see: See | None = None
+) -> None:
     """Score a micro-batch, add up the gradient of every term, and read off the weight each token got.
 
     Terms see the model only through the channels of `scores`. So each term's gradient is taken on the channels first (which is
@@ -347,7 +360,8 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
     )
     measured = [*channels, *(name for other in others for name in other.measures)]
     values = scores.channels.get("value")
-    inputs = [scores.logp, *(scores.channels[name] for name in measured), *([] if values is None else [values])]
+    measured += [] if values is None else ["value"]
+    inputs = [scores.logp, *(scores.channels[name] for name in measured)]
     gradients: list[Tensor] = [torch.zeros_like(x) for x in inputs]
     used = torch.zeros_like(batch.trained)
     policy_weights = torch.zeros_like(scores.logp)
@@ -364,6 +378,9 @@ def backward(engine: Engine, method: Method, batch: Batch, counts: Mapping[str, 
         for total, gradient in zip(gradients, found, strict=True):
             if gradient is not None:
                 total += gradient
+        if see is not None:
+            named = zip(("logp", *measured), found, strict=True)
+            see(term.name, batch, scores, {name: -gradient for name, gradient in named if gradient is not None})
         if "value" not in term.needs:  # what reads values alone says nothing about the policy's words
             used |= term.on(batch)
         meter.add_loss(term.name, part.logged)
@@ -388,5 +405,6 @@ def _names(batch: Batch) -> str:
     return ", ".join(dict.fromkeys(batch.example_ids))
 
 
-def _step_seed(seed: int, step: int) -> int:
+def step_seed(seed: int, step: int) -> int:
+    """What torch's own random numbers (dropout) of a step start from."""
     return (seed * 1_000_003 + step) % (2**63)

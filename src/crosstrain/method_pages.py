@@ -1,0 +1,209 @@
+"""The pages of docs/methods: one for each registered method and an index, all from the methods' own records.
+
+python -m crosstrain.method_pages docs/methods
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from crosstrain.methods import METHODS
+from crosstrain.methods.describe import record
+
+MARK = "<!-- Made by `python -m crosstrain.method_pages docs/methods` from the method's own record; edit that. -->"
+"""The last line of a page, which tells it from one that somebody wrote."""
+
+CHECKED = {
+    "official source": "its authors' code and the paper",
+    "port": "a framework's port of it, and the paper",
+    "paper": "the paper alone",
+    "reconstructed": "descriptions by others: its source could not be established",
+}
+
+LEARNS = {
+    "offline": "the rows alone; nothing is sampled",
+    "online": "its own completions",
+    "offline + online": "its own completions, and demonstrations",
+}
+
+
+def pages() -> dict[str, str]:
+    """Every page's text by file name.
+
+    >>> found = pages()
+    >>> len(found) == len(METHODS) + 1, found["dft.md"].splitlines()[0]
+    (True, '# dft')
+    """
+    records = [record(name) for name in METHODS]
+    return {"README.md": index(records), **{f"{found['name']}.md": page(found) for found in records}}
+
+
+def write(folder: Path) -> list[Path]:
+    """Write all pages, and remove those made for methods that are gone; the paths of what changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted, changed = pages(), []
+    for name, text in wanted.items():
+        path = folder / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+            changed.append(path)
+    for path in folder.glob("*.md"):
+        if path.name not in wanted and MARK in path.read_text(encoding="utf-8"):
+            path.unlink()
+            changed.append(path)
+    return changed
+
+
+def index(records: Sequence[Mapping[str, Any]]) -> str:
+    """All methods by family."""
+    families = dict.fromkeys(found["family"] for found in records)
+    parts = [
+        "# The methods",
+        f"{len(records)} methods, each a page with its objective, the weight that it gives to a token, its settings, and how far "
+        "it was checked. `crosstrain methods show NAME` prints the same, `--json` for a program.",
+    ]
+    for family in families:
+        rows = [
+            (
+                f"[{r['name']}]({r['name']}.md)",
+                r["summary"],
+                ", ".join(r["needs"]) or "nothing",
+                _paper(r["paper"]),
+                r["checked"],
+            )
+            for r in records
+            if r["family"] == family
+        ]
+        parts += [
+            f"## {family[0].upper()}{family[1:]}",
+            _table(("method", "what it does", "needs", "paper", "written from"), rows),
+        ]
+    return "\n\n".join([*parts, MARK]) + "\n"
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """A method's page."""
+    idea = [block for text in found["idea"] for block in _blocks(text)]
+    parts = [f"# {found['name']}", found["summary"], *idea, _facts(found), "## Objective", *_formulas("Loss", found["loss"])]
+    parts += [*_formulas("Weight of a token", found["weight"]), "## Terms", *_terms(found["terms"])]
+    parts += ["## Settings", *_settings(found)]
+    parts += ["## Notes", *(block for note in found["notes"] for block in _blocks(note))] if found["notes"] else []
+    for title, key in (("When it helps", "works"), ("When it does not", "fails"), ("Where this one differs", "deviates")):
+        parts += [f"## {title}", found[key]] if found[key] else []
+    return "\n\n".join([*parts, "[All methods](README.md)", MARK]) + "\n"
+
+
+def _facts(found: Mapping[str, Any]) -> str:
+    steps = found["updates"]["epochs"] * found["updates"]["minibatches"]
+    rows = [
+        ("family", f"{found['family']}, {found['direction']}"),
+        ("learns from", LEARNS[found["data"]]),
+        ("needs", ", ".join(found["needs"]) or "nothing beside a model and prompts"),
+        ("paper", f"{_paper(found['paper'])}, {found['year']}"),
+        ("written from", CHECKED[found["checked"]]),
+        ("optimizer steps per batch", f"{steps} by default"),
+    ]
+    return _table(("", ""), rows)
+
+
+def _terms(terms: Sequence[Mapping[str, Any]]) -> list[str]:
+    rows = [
+        (
+            f"`{t['name']}`",
+            t["on"],
+            t["per"],
+            t["coefficient"] if isinstance(t["coefficient"], str) else f"{t['coefficient']:g}",
+            f"`{t['loss']}`",
+        )
+        for t in terms
+    ]
+    parts = [_table(("term", "on", "divided per", "coefficient", "loss"), rows)]
+    slots = [(t["name"], t["estimator"]) for t in terms if t["estimator"] is not None]
+    if slots:
+        parts.append(
+            "In the unified estimator (arXiv:2509.04419) the weight of a token on the gradient of `log pi` is the product of the "
+            "gate, `pi / denominator` and A; it is averaged within a sequence or group where the table says so, and divided by "
+            "the term's count:"
+        )
+        filled = [
+            (f"`{name}`", f"`{s['gate']}`", f"`{s['denominator']}`", f"`{s['advantage']}`", s["within"] or "no")
+            for name, s in slots
+        ]
+        parts.append(_table(("term", "gate", "denominator", "A", "averaged"), filled))
+    others = [f"`{t['name']}`" for t in terms if t["estimator"] is None]
+    if others:
+        parts.append(
+            f"{' and '.join(others)} {'is' if len(others) == 1 else 'are'} no such product: the table above has the loss."
+        )
+    return parts
+
+
+def _settings(found: Mapping[str, Any]) -> list[str]:
+    name, settings = found["name"], found["settings"]
+    if not settings:
+        return [f"None. In a recipe: `method: {name}`."]
+    first, value = next(iter(settings.items()))
+    rows = [(f"`{key}`", f"`{default!r}`", _sentence(found["about"][key])) for key, default in settings.items()]
+    return [
+        "Defaults are the published ones, from the source named above, where a line does not say otherwise. In a recipe: "
+        f"`method: {name}`, or `method: {{{name}: {{{first}: {_yaml(value)}}}}}`.",
+        _table(("setting", "default", "what it is"), rows),
+    ]
+
+
+def _sentence(text: str) -> str:
+    """The text with a capital, unless it starts with a formula."""
+    return text[0].upper() + text[1:] if re.match(r"[a-z]{2,}\b", text) else text
+
+
+def _yaml(value: Any) -> str:
+    return {True: "true", False: "false", None: "null"}[value] if value is None or isinstance(value, bool) else f"{value}"
+
+
+def _formulas(title: str, text: str) -> list[str]:
+    first, *rest = _blocks(text)
+    return [f"**{title}:** {first}", *rest]
+
+
+def _blocks(text: str) -> list[str]:
+    """Paragraphs, with lines that are set in as blocks of their own."""
+    blocks: list[str] = []
+    formulas: list[str] = []
+    for line in [*text.split("\n"), ""]:
+        if line.startswith("    "):
+            formulas.append(line[4:])
+            continue
+        if formulas:
+            blocks.append("\n".join(["```text", *formulas, "```"]))
+            formulas = []
+        if line:
+            blocks.append(line)
+    return blocks
+
+
+def _paper(paper: str) -> str:
+    kind, _, number = paper.partition(":")
+    return f"[{paper}]({'https://arxiv.org/abs' if kind == 'arXiv' else 'https://doi.org'}/{number})"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (heads, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(heads), *lines[1:]])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the pages into the folder given."""
+    if len(arguments) != 1:
+        print("usage: python -m crosstrain.method_pages FOLDER", file=sys.stderr)
+        return 2
+    changed = write(Path(arguments[0]))
+    print("\n".join(map(str, changed)) if changed else "nothing to do: every page is as its method has it")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
