@@ -18,7 +18,16 @@ from crosstrain.testing import save_tiny_model
 from crosstrain.training.display import Display
 from crosstrain.training.record import read_lines
 
-SMALL: dict[str, dict[str, Any]] = {"dapo": {"minibatches": 2}, "hpt_soft": {"num_generations": 8}}
+SMALL: dict[str, dict[str, Any]] = {
+    "dapo": {"minibatches": 2},
+    "difficulty_curriculum": {"column": "difficulty"},
+    "hpt_soft": {"num_generations": 8},
+    "mifo": {"buffer_size": 2, "hardest": 0.4},
+    "pear": {"behaviour": "reference"},
+    "relift": {"buffer_size": 2},
+    "rollout_selection": {"keep": 2},
+    "srl": {"think_end": ""},
+}
 """Settings of methods that differ from the published ones, or from 4 completions."""
 
 REWARD = "def letters(completions, **kwargs):\n    return [float(len(set(c)) > 3) for c in completions]\n"
@@ -30,7 +39,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_tiny_model(folder / "model")
     (folder / "reward.py").write_text(REWARD)
     kinds: dict[str, list[dict[str, Any]]] = {
-        "demonstration": [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(7)],
+        "demonstration": [
+            {"prompt": f"say {i}", "completion": f"it is {i}", "answer": str(i), "difficulty": i} for i in range(7)
+        ],
         "pair": [{"prompt": f"say {i}", "chosen": f"it is {i}", "rejected": "no"} for i in range(7)],
         "label": [{"prompt": f"say {i}", "completion": f"it is {i}", "label": i % 2 == 0} for i in range(7)],
     }
@@ -60,6 +71,7 @@ def recipe(world: Path, name: str, *, model: str | None = None, **more: Any) -> 
         "sampling": {"max_completion_length": 6},
         "evaluation": {"forgetting": False, "divergence": False},
         "save": {"save_steps": 1},
+        **({"teacher": str(world / "model")} if method.reads("teacher") else {}),
         **more,
     }
 
