@@ -519,7 +519,9 @@ def test_bread_leaves_out_what_was_solved_too_rarely() -> None:
     method, example = load_method("bread", num_generations=4, lowest=0.5), demonstrated("a", 20)
     g, asked = played(method, example, {0: (0,) * 4, 10: (1, 0, 0, 0), 14: (1,) * 4, 12: (1, 1, 0, 0)})
     kept = method.select(g, {})
-    assert [n for _, n in asked] == [0, 10, 14, 12] and kept is not None and kept.trajectories[0].source.count(Source.EXPERT) == 12
+    assert (
+        [n for _, n in asked] == [0, 10, 14, 12] and kept is not None and kept.trajectories[0].source.count(Source.EXPERT) == 12
+    )
 
 
 def test_bread_takes_more_than_enough_over_nothing_and_keeps_the_group_where_nothing_helps() -> None:
