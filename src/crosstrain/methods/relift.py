@@ -19,7 +19,7 @@ BUFFERED = "buffered"
     paper="arXiv:2506.07527",
     family="hybrid",
     direction="(SFT ->) RL",
-    works="Reported to add 5.2 points to RL on competition mathematics with 13 % of the demonstrations (arXiv:2506.07527).",
+    works="Reported 5.2 points above its baselines on average, with 13 % of the demonstrations (arXiv:2506.07527).",
     fails="Behind the methods that imitate in every step in the comparison of SRFT: 54.0 against 59.5 (arXiv:2506.19767).",
     deviates="Imitation is a step of its own after that which filled the buffer, with the same AdamW: the authors have a second "
     "one, with moments and a clipping of its own and the same learning rate. They also bound the loss of very unlikely wrong "
