@@ -59,8 +59,9 @@ def ppo(
     ends like any other, with a value of 0 after it.
 
     Settings and defaults are those of TRL's PPOConfig. kl_in_reward: False makes the KL a loss of its own, kl_coef times
-    kl_estimator (k1 has no expected gradient there). cliprange_value: 0 does not clip. dual_clip: for A < 0 the loss is at most
-    -dual_clip A (verl: 3). entropy_coef: the paper's entropy bonus. num_ppo_epochs, num_mini_batches: inner updates per batch.
+    kl_estimator (k1 has no expected gradient there). cliprange_value: 0 does not clip. whiten_rewards: the r_t are brought to a
+    spread of 1 first, over all own tokens of the step. dual_clip: for A < 0 the loss is at most -dual_clip A (verl: 3).
+    entropy_coef: the paper's entropy bonus. num_ppo_epochs, num_mini_batches: inner updates per batch.
     """
     _check(kl_coef, kl_estimator, kl_in_reward, cliprange_value, vf_coef, gamma, lam, entropy_coef)
     on, per = by(Source.POLICY), Per(("own_tokens",))
