@@ -76,11 +76,11 @@ def test_a_mean_over_no_row_is_0() -> None:
 
 
 def test_whitening_counts_a_row_as_often_as_it_has_tokens() -> None:
-    """Values 1 on one token and 0 on three: mean 1/4, variance (9/16 + 3/16) / 3 = 1/4."""
+    """Values 0 on one token and 1 on three: mean 3/4, variance (9/16 + 3/16) / 3 = 1/4."""
     batch = batch_of((row(1, 0.0), row(3, 0.0)))
-    values = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    assert whitened(batch, values).tolist() == pytest.approx([1.5, -0.5])
-    assert whitened(batch, values, eps=0.5).tolist() == pytest.approx([0.75, -0.25])
+    values = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    assert whitened(batch, values).tolist() == pytest.approx([-1.5, 0.5])
+    assert whitened(batch, values, eps=0.5).tolist() == pytest.approx([-0.75, 0.25])
 
 
 def test_two_tokens_can_be_whitened_and_one_cannot() -> None:
