@@ -139,6 +139,10 @@ def test_ppos_loss_is_logged_as_published(advantage: float, moved: float, dual: 
     assert weights(term, batch, logp)[1] == pytest.approx(0.5 * 3 * loss)
 
 
+def test_a_clipped_term_reads_old_log_probs_and_what_its_parts_read() -> None:
+    assert clipped("rl", 0.2, 0.2, on=OWN, per=Per(("sequences",)), needs=frozenset({"x"})).needs == {"x", "old_logp"}
+
+
 def test_reinforce_is_logged_as_minus_a_log_pi() -> None:
     batch = batch_of((row(2, 0.0),))
     batch = replace(batch, advantage=torch.full_like(batch.advantage, 3.0))
