@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from crosstrain.config import DataSpec, Recipe, Stage
-from crosstrain.config.recipe import RewardsSpec, SamplingSpec
+from crosstrain.config.recipe import SamplingSpec
+from crosstrain.config.rewards import RewardsSpec
 from crosstrain.data import Stream
 from crosstrain.data.curricula import Curriculum
 from crosstrain.data.mixtures import Mixture
