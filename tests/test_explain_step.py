@@ -23,8 +23,10 @@ from crosstrain.explain_text import sentence, show
 from crosstrain.methods import METHODS, load_method
 from crosstrain.prepare import base_engine, prepare
 from crosstrain.testing import ScriptedSampler, made_up_examples, made_up_rewards, save_tiny_model, tiny_model
+from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine
-from crosstrain.training.loop import Progress, StageSettings, train_stage
+from crosstrain.training.gradient import accumulate, denominators
+from crosstrain.training.loop import Progress, StageSettings, draw, make_batch, train_stage
 from crosstrain.training.metrics import Meter
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.score import score
@@ -131,9 +133,6 @@ def test_the_gradient_is_the_weights_on_the_log_probs() -> None:
     method = load_method("luffy", **settings_of("luffy"))
     model = tiny_model()
     engine = engine_of(method, model)
-    from crosstrain.training.cost import Cost
-    from crosstrain.training.loop import accumulate, denominators, draw, make_batch
-
     collected = draw(engine, method, 4, Progress(state=method.init()))
     batch, _ = make_batch(engine, method, collected, 0, Cost())
     batch = batch.with_columns(**{ROW: torch.arange(len(batch))})

@@ -14,17 +14,8 @@ from crosstrain.training.collect import Collected
 from crosstrain.training.columns import no_grad_scores
 from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine
-from crosstrain.training.loop import (
-    PROBE,
-    Progress,
-    accumulate,
-    denominators,
-    draw,
-    make_batch,
-    measure_probes,
-    minibatches,
-    step_seed,
-)
+from crosstrain.training.gradient import PROBE, accumulate, denominators, measure_probes
+from crosstrain.training.loop import Progress, draw, make_batch, minibatches, step_seed
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.types import Batch, Group, Method, Scores, Source, Trajectory, Updates
 
