@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -67,7 +68,8 @@ def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
     samples = any(method.plan.samples for method in ready.methods)
     engine = assemble.make_engine(recipe, ready.model, ready.tokenizer, ready.loaded, rewards, ready.device, samples=samples)
     base = partial(assemble.base_weights, recipe, ready.device, ready.optimizer.masters)
-    engine = replace(engine, value_head=ready.value_head, teacher=ready.teacher, base=base)
+    average = partial(nullcontext, ready.model)  # which starts as the model
+    engine = replace(engine, value_head=ready.value_head, teacher=ready.teacher, base=base, average=average)
     if any(method.inputs is not None for method in ready.methods):
         engine = replace(engine, frozen_embeddings=deepcopy(ready.model.get_input_embeddings()).requires_grad_(False))
     stages = zip(recipe.stages, ready.methods, strict=True)

@@ -75,6 +75,6 @@ def read_at_the_end(example: Example, state: State) -> tuple[Trajectory, ...]:
     def ended(t: Trajectory) -> Trajectory:
         source = (Source.PROMPT,) * len(t.tokens) + (Source.EXPERT,)
         label = None if t.reward is None else t.reward * (1.0 + margin)
-        return replace(t, tokens=(*t.tokens, t.tokens[-1]), source=source, reward=label)
+        return replace(t, tokens=(*t.tokens, t.tokens[-1]), source=source, reward=label, behaviour_logp=())
 
     return tuple(map(ended, example.expert))
