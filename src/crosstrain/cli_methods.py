@@ -20,6 +20,9 @@ from crosstrain.methods.registry import DIRECTIONS
 WIDE = 150
 """Columns from which on a terminal is shown everything in one table."""
 
+TESTS = "tests/methods/"
+"""Where proofs are, left out where they are shown."""
+
 
 def print_all(console: Console | None = None, *, as_json: bool = False) -> None:
     """Print one line per method, by family, as the survey's Table 1 has them, and what can be done to data; or the records of all
@@ -127,6 +130,18 @@ def print_one(name: str, console: Console | None = None, *, as_json: bool = Fals
     for title, key in (("helps", "works"), ("does not help", "fails"), ("differs from its source", "deviates")):
         if found[key]:
             _say(out, title, found[key])
+    _proofs(out, found)
+
+
+def _proofs(out: Console, found: Mapping[str, Any]) -> None:
+    if not found["proofs"]:
+        return
+    variant = f", a named setting or a close variant of {found['core']}" if found["core"] else ""
+    proofs = Table("proof", Column("test", overflow="fold"), title=f"how it was checked{variant}", title_justify="left")
+    for one in found["proofs"]:
+        proofs.add_row(Text(one["proof"]), Text(one["test"].removeprefix(TESTS) if one["test"] else f"none: {one['reason']}"))
+    out.print(Padding(proofs, (1, 0, 0, 0)))
+    out.print(Text(f"tests are in {TESTS}"))
 
 
 def _say(out: Console, title: str, text: str) -> None:

@@ -94,7 +94,16 @@ def page(found: Mapping[str, Any]) -> str:
     parts += ["## Notes", *(block for note in found["notes"] for block in _blocks(note))] if found["notes"] else []
     for title, key in (("When it helps", "works"), ("When it does not", "fails"), ("Where this one differs", "deviates")):
         parts += [f"## {title}", found[key]] if found[key] else []
+    parts += how_checked(found)
     return "\n\n".join([*parts, "[All methods](README.md)", MARK]) + "\n"
+
+
+def how_checked(found: Mapping[str, Any]) -> list[str]:
+    """The seven proofs of a page: of each the test, or why there is none."""
+    core = found["core"]
+    about = [f"A named setting or a close variant of [{core}]({core}.md)."] if core else []
+    rows = [(p["proof"], f"`{p['test']}`" if p["test"] else f"none: {p['reason']}") for p in found["proofs"]]
+    return ["## How it was checked", *about, _table(("proof", "test"), rows)]
 
 
 def _facts(found: Mapping[str, Any]) -> str:

@@ -231,10 +231,12 @@ def test_grpo_family_is_trls(name: str, settings: dict[str, Any], loss_type: str
     [
         ("dpo", {}, {"loss_type": ["sigmoid"]}),
         ("dpo", {"label_smoothing": 0.2}, {"loss_type": ["sigmoid", "robust"], "loss_weights": [1.6, -0.6]}),
+        ("cdpo", {"label_smoothing": 0.2}, {"loss_type": ["sigmoid", "robust"], "loss_weights": [1.6, -0.6]}),
         ("ipo", {"average": True}, {"loss_type": ["ipo"]}),
+        ("ipo_mean", {}, {"loss_type": ["ipo"]}),
         ("dpo_nll", {"nll_coef": 0.5}, {"loss_type": ["sigmoid"]}),
     ],
-    ids=["dpo", "conservative dpo", "ipo", "dpo with likelihood"],
+    ids=["dpo", "conservative dpo", "cdpo", "ipo", "ipo of means", "dpo with likelihood"],
 )
 def test_losses_with_a_reference_are_trls(
     tmp_path: Path, saved: Path, name: str, settings: dict[str, Any], losses: dict[str, Any]
@@ -251,7 +253,7 @@ def test_losses_with_a_reference_are_trls(
     with torch.no_grad():
         for p in reference.parameters():
             p.mul_(0.9)
-    strength = {"tau" if name == "ipo" else "beta": 0.3}
+    strength = {"tau" if name.startswith("ipo") else "beta": 0.3}
     method = load_method(name, **strength, **settings)
     batch = batch_of(method, Source.EXPERT, [(0, 1), (2, 3)])
     with torch.no_grad():

@@ -99,7 +99,10 @@ def test_reinforce_pp_baseline_centres_each_group_first() -> None:
     groups = [group(answer("O", a), answer("O", b), name=str(a)) for a, b in ((1.0, 0.0), (10.0, 9.0))]
     a = 0.5 / math.sqrt(1 / 3)
     expected = torch.tensor([a, -a, a, -a], dtype=torch.float64)
-    torch.testing.assert_close(prepared(method, groups).advantage[:, 1], expected, rtol=0, atol=1e-7)
+    batch = prepared(method, groups)
+    torch.testing.assert_close(batch.advantage[:, 1], expected, rtol=0, atol=1e-7)
+    found = weights_of(method, batch, torch.full((4, 1), -1.0))
+    torch.testing.assert_close(found.weights[:, 0], expected / 4, rtol=0, atol=1e-7)
 
 
 def reinforce_paper(groups: list[list[Line]]) -> Tensor:

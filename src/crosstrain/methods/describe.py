@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from crosstrain.methods.docstring import said
+from crosstrain.methods.proofs import CORES, PROOFS, PROVED
 from crosstrain.methods.registry import METHODS, factory_of, load_method
 from crosstrain.objective.words import words_of
 from crosstrain.types import Batch, Method, Source, Term, Weights
@@ -35,6 +36,8 @@ def record(name: str) -> dict[str, Any]:
         terms                           of each: name, on, per, coefficient, loss, reads, and `estimator`: what it is in the unified
                                         estimator (arXiv:2509.04419), in words, None for a term that is no surrogate
         works, fails, deviates          when the literature finds that it helps and when not, and where this one differs
+        core                            the method that it is a named setting or a close variant of, else None
+        proofs                          how it was checked, see `proofs_of`
 
     UserError for an unknown name, with the nearest one; a method of a file of your own has no family, paper and year.
 
@@ -80,6 +83,8 @@ def record(name: str) -> dict[str, Any]:
         "works": "" if entry is None else entry.works,
         "fails": "" if entry is None else entry.fails,
         "deviates": "" if entry is None else entry.deviates,
+        "core": CORES.get(name),
+        "proofs": proofs_of(name),
     }
 
 
@@ -88,6 +93,28 @@ def coefficient_of(term: Term, method: Method) -> float | str:
     if method.coefs is not None:
         return "state"
     return "schedule" if callable(term.coef) else float(term.coef)
+
+
+def proofs_of(name: str) -> list[dict[str, str | None]]:
+    """Of each of the seven proofs what it is, and the test that holds it or the reason why there is none; nothing for a method of
+    a file of your own.
+
+    >>> proofs_of("gem")[2]["proof"], proofs_of("gem")[2]["reason"]
+    ('the weight of a token in closed form', 'acts on the whole distribution: it has no weight on log pi alone')
+    >>> proofs_of("dft")[0]["test"]
+    'tests/methods/test_sft_dft.py::test_dft_by_hand'
+    """
+    found: list[dict[str, str | None]] = []
+    for letter, proof in PROVED.get(name, {}).items():
+        is_test = "::" in proof
+        found.append(
+            {
+                "proof": PROOFS[letter],
+                "test": f"tests/methods/{proof}" if is_test else None,
+                "reason": None if is_test else proof,
+            }
+        )
+    return found
 
 
 def estimator_of(term: Term, method: Method) -> dict[str, str] | None:
