@@ -209,7 +209,7 @@ def test_rows_without_them_are_named_before_step_1() -> None:
         encode(r, tiny_tokenizer(), id=f"train:{i}")
         for i, r in enumerate((row([-0.5, -0.25]), parse_row({"prompt": "1", "completion": "2"}, "rows.jsonl:2")))
     )
-    loaded = assemble.Loaded({"train": Stream("train", examples)}, {}, {}, ())
+    loaded = assemble.Loaded({"train": Stream("train", examples)}, {}, {}, (), {}, 0)
     with pytest.raises(UserError, match=r"`behaviour_logp`.* which 1 of 2 rows of 'train' lack: rows\.jsonl:2"):
         checks.check_data(load_method("pear"), loaded)
     checks.check_data(load_method("pear", behaviour="reference"), loaded)

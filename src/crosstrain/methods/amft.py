@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from crosstrain.methods.chord import of_rollouts_and_demonstrations, only_rollouts
 from crosstrain.methods.plans import rollouts_and_demonstrations
 from crosstrain.methods.registry import method
-from crosstrain.objective.terms import by, clipped, nll
+from crosstrain.objective.terms import by, nll, surrogate
 from crosstrain.types import Group, Method, Per, Plan, Request, Source, State
 
 
@@ -32,7 +32,6 @@ def amft(
     meta_every: int = 20,
     warmup_steps: int = 50,
     demonstration_share: float = 0.5,
-    epsilon: float = 0.2,
     rollouts_from: str = "rl",
     demonstrations_from: str = "demos",
 ) -> Method:
@@ -52,7 +51,7 @@ def amft(
     the bounds of mu, from the authors' settings. entropy_lr: how fast entropy moves mu, from the authors' settings. meta_lr: how
     fast the meta-gradient moves mu, from the authors' settings; 0 turns it off, and with it two further passes per step.
     meta_every: steps from one meta-gradient to the next, from the authors' settings. warmup_steps: steps that imitate alone at
-    first, from the authors' settings. epsilon: the bound of the clip, which never acts here, as r is 1. demonstration_share: the
+    first, from the authors' settings. demonstration_share: the
     share of demonstrations in the step's examples, where there are two streams. rollouts_from, demonstrations_from: the data
     streams; with one name for both, each row gives both.
     """
@@ -85,7 +84,7 @@ def amft(
     per = Per(("own_tokens",))
     return Method(
         terms=(
-            clipped("rl", epsilon, epsilon, on=by(Source.POLICY), per=per),
+            surrogate("rl", on=by(Source.POLICY), per=per, describe="-A r, r = pi / sg(pi)"),
             nll("demo", on=by(Source.EXPERT), per=per),
         ),
         plan=_plan(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from crosstrain.methods.plans import keyed_uniforms
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import group_normalised
-from crosstrain.objective.terms import by, clipped, kl, nll, seq_mean
+from crosstrain.objective.terms import by, kl, nll, seq_mean, surrogate
 from crosstrain.types import Example, Group, Method, Per, Plan, Request, Source, State, Term, Trajectory
 
 
@@ -25,7 +25,6 @@ def sasr(
     num_generations: int = 8,
     gamma: float = 1.0,
     warmup_steps: int = 20,
-    epsilon: float = 0.2,
     beta: float = 0.04,
     rollouts_from: str = "rl",
     demonstrations_from: str = "demos",
@@ -44,7 +43,7 @@ def sasr(
     is 1.
 
     gamma: how much the gradient in warm-up counts; a larger one means less imitation. 1 is a choice. warmup_steps: steps that
-    imitate at first; 20 is a choice. epsilon: the bound of the clip, which never acts here, as r is 1. beta: the coefficient of the
+    imitate at first; 20 is a choice. beta: the coefficient of the
     KL term, that of `grpo`; 0 turns it off. rollouts_from, demonstrations_from: the data streams, one of which a step draws all its
     examples from.
     """
@@ -76,7 +75,7 @@ def sasr(
     on, per = by(Source.POLICY), Per(("sequences",))
     terms: list[Term] = [
         nll("demo", on=by(Source.EXPERT), per=Per(("own_tokens",))),
-        clipped("rl", epsilon, epsilon, on=on, per=per, normalise=seq_mean),
+        surrogate("rl", on=on, per=per, normalise=seq_mean, describe="-A r, r = pi / sg(pi)"),
     ]
     if beta > 0:
         terms.append(kl("kl", on=on, per=per, normalise=seq_mean, coef=beta))
