@@ -21,7 +21,7 @@ from crosstrain.models import load_model, resolve_device
 from crosstrain.objective.reduce import count
 from crosstrain.training.batching import cut, to_batch, with_advantage
 from crosstrain.training.engine import Engine
-from crosstrain.training.loop import backward
+from crosstrain.training.gradient import backward
 from crosstrain.training.metrics import Meter
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.timing import clock

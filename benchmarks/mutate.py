@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds after which a mutant counts as caught")
     parser.add_argument("--contract", action="store_true", help="run the contract that every method keeps, too (slow)")
     parser.add_argument("--own", action="store_true", help="run the tests of the file's own folder alone")
-    parser.add_argument("--kind", help="only kinds that contain this")
+    parser.add_argument("--kind", default="", help="only kinds that match this expression")
     parser.add_argument("--survivors", type=Path, help="only those that survived in this JSON, of an earlier --out")
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     given = parser.parse_args(argv)
@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
     earlier = json.loads(given.survivors.read_text()) if given.survivors else []
     left = {(m["file"], m["kind"], m["before"], m["after"]) for m in earlier if m["outcome"] == "survived"}
     for file in given.files:
-        wanted = [pair for pair in mutants(file) if given.kind is None or given.kind in pair[0].kind]
+        wanted = [pair for pair in mutants(file) if re.search(given.kind, pair[0].kind)]
         if given.survivors:
             wanted = [pair for pair in wanted if (pair[0].file, pair[0].kind, pair[0].before, pair[0].after) in left]
         if given.list:

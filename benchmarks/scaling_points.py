@@ -20,7 +20,7 @@ from crosstrain.rollout.torch_sampler import TorchSampler
 from crosstrain.training.batching import distinct_tokens, to_batch, with_advantage
 from crosstrain.training.collect import Collected, Usage
 from crosstrain.training.engine import Engine
-from crosstrain.training.loop import accumulate, denominators
+from crosstrain.training.gradient import accumulate, denominators
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.record import held_memory_gb, peak_memory_gb, reset_peak_memory
 from crosstrain.training.score import choose_layout

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from crosstrain.config import Recipe, StudySpec, config_hash, load_recipe, load_study, parse, to_yaml
 from crosstrain.config.files import override, parse_yaml
-from crosstrain.config.recipe import Stage
+from crosstrain.config.stages import Stage
 from crosstrain.errors import UserError
 
 FLAT: dict[str, Any] = {"data": "rows.jsonl", "method": "sft", "learning_rate": 1e-5, "max_steps": 3}

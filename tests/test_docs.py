@@ -30,7 +30,7 @@ import typer
 from crosstrain.cli import app, main
 from crosstrain.config import Recipe, StudySpec, load_recipe, load_study, parse
 from crosstrain.config.files import parse_yaml
-from crosstrain.config.recipe import Stage
+from crosstrain.config.stages import Stage
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])

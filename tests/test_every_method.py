@@ -18,7 +18,16 @@ from crosstrain.testing import save_tiny_model
 from crosstrain.training.display import Display
 from crosstrain.training.record import read_lines
 
-SMALL: dict[str, dict[str, Any]] = {"dapo": {"minibatches": 2}, "hpt_soft": {"num_generations": 8}}
+SMALL: dict[str, dict[str, Any]] = {
+    "dapo": {"minibatches": 2},
+    "difficulty_curriculum": {"column": "difficulty"},
+    "hpt_soft": {"num_generations": 8},
+    "mifo": {"buffer_size": 2, "hardest": 0.4},
+    "pear": {"behaviour": "reference"},
+    "relift": {"buffer_size": 2},
+    "rollout_selection": {"keep": 2},
+    "srl": {"think_end": ""},
+}
 """Settings of methods that differ from the published ones, or from 4 completions."""
 
 REWARD = "def letters(completions, **kwargs):\n    return [float(len(set(c)) > 3) for c in completions]\n"
@@ -28,9 +37,12 @@ REWARD = "def letters(completions, **kwargs):\n    return [float(len(set(c)) > 3
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     save_tiny_model(folder / "model")
+    save_tiny_model(folder / "teacher", seed=1)
     (folder / "reward.py").write_text(REWARD)
     kinds: dict[str, list[dict[str, Any]]] = {
-        "demonstration": [{"prompt": f"say {i}", "completion": f"it is {i}"} for i in range(7)],
+        "demonstration": [
+            {"prompt": f"say {i}", "completion": f"it is {i}", "answer": str(i), "difficulty": i} for i in range(7)
+        ],
         "pair": [{"prompt": f"say {i}", "chosen": f"it is {i}", "rejected": "no"} for i in range(7)],
         "label": [{"prompt": f"say {i}", "completion": f"it is {i}", "label": i % 2 == 0} for i in range(7)],
     }
@@ -39,7 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe(world: Path, name: str, *, model: str | None = None, **more: Any) -> dict[str, Any]:
+def recipe(world: Path, name: str, *, model: str | None = None, teacher: str | None = None, **more: Any) -> dict[str, Any]:
     """Three steps of a method, on whatever rows it needs."""
     settings = dict(SMALL.get(name, {}))
     known = METHODS[name].settings
@@ -60,6 +72,7 @@ def recipe(world: Path, name: str, *, model: str | None = None, **more: Any) -> 
         "sampling": {"max_completion_length": 6},
         "evaluation": {"forgetting": False, "divergence": False},
         "save": {"save_steps": 1},
+        **({"teacher": teacher or str(world / "teacher")} if method.reads("teacher") else {}),
         **more,
     }
 
@@ -110,7 +123,8 @@ def test_a_run_trains_and_ends_the_same_when_it_was_stopped(world: Path, tmp_pat
 @pytest.mark.real_model
 @pytest.mark.parametrize("name", METHODS)
 def test_a_real_model_takes_two_steps(world: Path, tmp_path: Path, name: str) -> None:
-    settings = recipe(world, name, model="smollm2-135m-instruct", max_steps=2, learning_rate=1e-5)
+    real = "smollm2-135m-instruct"
+    settings = recipe(world, name, model=real, teacher=real, max_steps=2, learning_rate=1e-5)
     found = crosstrain.train(settings, tmp_path / "run", save_weights=False)
     lines = read_lines(found.folder / "metrics.jsonl")
     assert len(lines) == 2

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,22 @@ from crosstrain.explain_step import ROW, Seen, explain_step, kind_of, pieces
 from crosstrain.explain_text import sentence, show
 from crosstrain.methods import METHODS, load_method
 from crosstrain.prepare import base_engine, prepare
-from crosstrain.testing import ScriptedSampler, made_up_examples, made_up_rewards, save_tiny_model, tiny_model
-from crosstrain.training.engine import Engine
-from crosstrain.training.loop import Progress, StageSettings, train_stage
+from crosstrain.testing import (
+    REFERENCE,
+    TEACHER,
+    ScriptedSampler,
+    made_up_examples,
+    made_up_other,
+    made_up_rewards,
+    made_up_value_head,
+    save_tiny_model,
+    tiny_model,
+)
+from crosstrain.training import loop
+from crosstrain.training.cost import Cost
+from crosstrain.training.engine import Engine, Teacher
+from crosstrain.training.gradient import accumulate, denominators
+from crosstrain.training.loop import Progress, StageSettings, draw, make_batch, train_stage
 from crosstrain.training.metrics import Meter
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.score import score
@@ -45,13 +60,7 @@ class Listed:
 def engine_of(method: Method, model: Any) -> Engine:
     streams = {name: Listed(made_up_examples(method)) for name in method.plan.streams(method.init())}
 
-    class Kept:
-        def __enter__(self) -> Any:
-            return model
-
-        def __exit__(self, *_: object) -> None:
-            return None
-
+    teacher, reference = (made_up_other(model, seed) for seed in (TEACHER, REFERENCE))
     return Engine(
         model=model,
         parameters=1,
@@ -61,7 +70,13 @@ def engine_of(method: Method, model: Any) -> Engine:
         sampler=ScriptedSampler(),
         rewards=made_up_rewards,
         micro_batch_tokens=64,
-        reference=Kept,
+        reference=lambda: nullcontext(reference),
+        average=lambda: nullcontext(model),
+        value_head=made_up_value_head(model),
+        teacher=Teacher(lambda: nullcontext(teacher), 1, "plain", ScriptedSampler()),
+        frozen_embeddings=copy.deepcopy(model.get_input_embeddings()).requires_grad_(False),
+        base=lambda: dict(model.named_parameters()),
+        decode=decode,
     )
 
 
@@ -71,7 +86,8 @@ def decode(tokens: Any) -> str:
 
 def settings_of(name: str) -> dict[str, Any]:
     allowed = METHODS[name].settings
-    return {k: v for k, v in {"num_iterations": 1, "minibatches": 1, "dynamic_sampling": 1}.items() if k in allowed}
+    once = {"num_iterations": 1, "minibatches": 1, "dynamic_sampling": 1, "epochs": 1, "num_ppo_epochs": 1, "think_end": ""}
+    return {k: v for k, v in once.items() if k in allowed}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -88,6 +104,13 @@ def test_weights_are_those_that_the_loop_applies(name: str, monkeypatch: pytest.
         add(self, term, weights, batch)
 
     monkeypatch.setattr(Meter, "add_weights", listen)
+
+    def update_alone(*given: Any) -> Meter:
+        """What probes measured before it is not applied."""
+        applied.clear()
+        return accumulate(*given)
+
+    monkeypatch.setattr(loop, "accumulate", update_alone)
     model = tiny_model()
     step = next(
         train_stage(
@@ -123,7 +146,8 @@ def test_weights_are_those_that_the_loop_applies(name: str, monkeypatch: pytest.
     for key, value in shares.items():
         by_term[key.split("/")[1]] = by_term.get(key.split("/")[1], 0.0) + value
     assert {t["name"]: t["share"] for t in found["terms"] if t["share"]} == pytest.approx(by_term)
-    assert (found["unseen"] is not None) == bool(method.channels)
+    whole = bool(method.channels or method.comparisons or "value" in method.needs)
+    assert (found["unseen"] is not None) == whole
 
 
 def test_the_gradient_is_the_weights_on_the_log_probs() -> None:
@@ -131,9 +155,6 @@ def test_the_gradient_is_the_weights_on_the_log_probs() -> None:
     method = load_method("luffy", **settings_of("luffy"))
     model = tiny_model()
     engine = engine_of(method, model)
-    from crosstrain.training.cost import Cost
-    from crosstrain.training.loop import accumulate, denominators, draw, make_batch
-
     collected = draw(engine, method, 4, Progress(state=method.init()))
     batch, _ = make_batch(engine, method, collected, 0, Cost())
     batch = batch.with_columns(**{ROW: torch.arange(len(batch))})

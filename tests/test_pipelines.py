@@ -16,6 +16,7 @@ import crosstrain
 from crosstrain import run
 from crosstrain.config import Recipe, StudySpec, parse
 from crosstrain.errors import UserError
+from crosstrain.in_turn import in_turn
 from crosstrain.studies.budget import check_can_be_equal
 from crosstrain.studies.tune import with_rates
 from crosstrain.testing import save_tiny_model
@@ -277,6 +278,14 @@ def test_the_plan_says_repeated_stages_once(world: Path) -> None:
     shown = str(run.plan(run.as_recipe(recipe(world, turn))))
     assert shown.count("-log pi per own_tokens") == 1
     assert "stages 0, 2, ..., 8, each of 5: sft, about 2 steps" in shown
+
+
+def test_what_comes_again_is_said_once() -> None:
+    assert in_turn([]) == ""
+    assert in_turn(["a", "a"]) == "a -> a"
+    assert in_turn(["a"] * 3) == "(a) x 3"
+    assert in_turn(["a", "b"] * 50 + ["a"]) == "(a -> b) x 50 -> a"
+    assert in_turn(["a", "b", "b", "b"] * 3) == "(a -> b -> b -> b) x 3"
 
 
 def test_checkpoints_of_many_stages_are_ordered_as_numbers(tmp_path: Path) -> None:

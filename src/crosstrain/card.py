@@ -11,6 +11,7 @@ import yaml
 from scipy import stats
 
 from crosstrain.config import Recipe, to_yaml
+from crosstrain.in_turn import in_turn
 from crosstrain.training.cost import Cost
 
 
@@ -34,7 +35,7 @@ def model_card(
         "library_name": "transformers",
         "pipeline_tag": "text-classification" if saves == "reward model" else "text-generation",
         "tags": ["crosstrain", *dict.fromkeys(methods)],
-        "model-index": [{"name": " -> ".join(methods), "results": [_result(row) for row in rows]}],
+        "model-index": [{"name": in_turn(methods), "results": [_result(row) for row in rows]}],
     }
     table = ["| questions | task | accuracy | 95% interval | questions x samples |", "|---|---|---|---|---|"]
     table += [f"| {r['name']} | {r['task']} | {r['mean']:.1%} | {_ends(r)} | {r['questions']} x {r['n']} |" for r in rows]
@@ -49,7 +50,7 @@ def model_card(
             yaml.safe_dump(header, sort_keys=False, allow_unicode=True).strip(),
             "---",
             "",
-            f"# {record.get('model', recipe.model.name)}, trained with {' -> '.join(methods)}",
+            f"# {record.get('model', recipe.model.name)}, trained with {in_turn(methods)}",
             "",
             f"Trained with crosstrain {record.get('versions', {}).get('crosstrain', '')}. Cost: {spent}.",
             "",

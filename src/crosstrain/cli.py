@@ -252,6 +252,7 @@ def explain(
     example: Annotated[str | None, typer.Option(metavar="ID", help="Look at this row alone, e.g. train:3.")] = None,
     reference: Annotated[str | None, typer.Option(metavar="MODEL", help="The reference; the model itself by default.")] = None,
     old: Annotated[str | None, typer.Option(metavar="MODEL", help="What sampled; the model itself by default.")] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="The model to learn from, for distillation.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of the step; 4, or 1 with --example.")] = None,
     max_completion_length: Annotated[int | None, typer.Option(min=1, help="Tokens after which a completion is cut.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Which rows and samples.")] = None,
@@ -265,8 +266,8 @@ def explain(
     """Show what a method does to every token: of a batch of log-probs, or of the first step of a model on rows."""
     given = {
         "--model": model, "--data": data, "--task": task, "--task-config": task_config, "--reward": reward, "--example": example,
-        "--reference": reference, "--old": old, "--batch-size": batch_size, "--max-completion-length": max_completion_length,
-        "--seed": seed, "--out": out,
+        "--reference": reference, "--old": old, "--teacher": teacher, "--batch-size": batch_size,
+        "--max-completion-length": max_completion_length, "--seed": seed, "--out": out,
     }  # fmt: skip
     if batch is not None:
         if useless := [option for option, value in given.items() if value is not None]:
@@ -281,7 +282,7 @@ def explain(
 
     asked = Asked(
         method, model or "smollm2-135m-instruct", data or (), task or (), task_config or (), overrides or (), reward or (),
-        example, reference, old, batch_size, max_completion_length, seed or 0,
+        example, reference, old, teacher, batch_size, max_completion_length, seed or 0,
     )  # fmt: skip
     explain_model(asked, out, as_json=as_json)
 

@@ -34,7 +34,7 @@ class Asked:
     """What the command line asked for.
 
     data, tasks: `FILE` or `STREAM=FILE`, `TASK` or `STREAM=TASK`. example: the id of the one row to look at. reference, old: models
-    in the place of the model itself.
+    in the place of the model itself. teacher: a model to learn from.
     """
 
     method: str
@@ -47,6 +47,7 @@ class Asked:
     example: str | None = None
     reference: str | None = None
     old: str | None = None
+    teacher: str | None = None
     batch_size: int | None = None
     max_completion_length: int | None = None
     seed: int = 0
@@ -112,20 +113,23 @@ def _check(asked: Asked, method: Method) -> None:
     if unused:
         raise UserError(f"method {method.name} draws nothing from {unused[0]}; its data streams are {', '.join(wanted)}")
     samples = method.plan.samples
-    if samples and not asked.rewards and not asked.tasks:
+    if method.plan.asks_for_rewards and not asked.rewards and not asked.tasks:
         raise UserError(
             f"method {method.name} samples completions, and nothing scores them; add --reward NAME (built in or file.py:function), "
             "or take the rows from a task with --task NAME"
         )
     useless = {
-        "--reward": bool(asked.rewards) and not samples,
+        "--reward": bool(asked.rewards) and not method.plan.asks_for_rewards,
         "--max-completion-length": asked.max_completion_length is not None and not samples,
-        "--reference": asked.reference is not None and "ref_logp" not in method.needs,
+        "--reference": asked.reference is not None and not method.reads("reference"),
+        "--teacher": asked.teacher is not None and not method.reads("teacher"),
         "--old": asked.old is not None and "old_logp" not in method.needs and not samples,
     }
     for option, true in useless.items():
         if true:
-            what = "compares with no reference" if option == "--reference" else "samples nothing"
+            why = {"--reference": "compares with no reference", "--teacher": "learns from no teacher"}
+            why["--reward"] = "learns from no reward" if samples else "samples nothing"
+            what = why.get(option, "samples nothing")
             raise UserError(f"{option} has no effect: {method.name} {what}; leave it out")
 
 
@@ -163,6 +167,7 @@ def _recipe(asked: Asked, method: Method) -> Recipe:
             "seed": asked.seed,
             "evaluation": {"forgetting": False, "divergence": False},
             **({"rewards": list(asked.rewards)} if asked.rewards else {}),
+            **({"teacher": model_of(asked.teacher)} if asked.teacher is not None else {}),
         },
     )
 

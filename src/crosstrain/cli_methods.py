@@ -15,14 +15,13 @@ from rich.text import Text
 from crosstrain.data.catalogue import DATA_METHODS
 from crosstrain.methods import METHODS
 from crosstrain.methods.describe import record
+from crosstrain.methods.registry import DIRECTIONS
 
 WIDE = 150
 """Columns from which on a terminal is shown everything in one table."""
 
-ROOM_FOR_PAPERS = 100
-"""Columns from which on a narrower table has the papers, too."""
-
 TESTS = "tests/methods/"
+"""Where proofs are, left out where they are shown."""
 
 
 def print_all(console: Console | None = None, *, as_json: bool = False) -> None:
@@ -37,26 +36,25 @@ def print_all(console: Console | None = None, *, as_json: bool = False) -> None:
         out.print(_everything(records), _data_table())
         return
     for family, found in _families(records).items():
-        directions = " or ".join(dict.fromkeys(r["direction"] for r in found))
+        directions = " or ".join(d for d in dict.fromkeys(r["direction"] for r in found) if d != family)
         out.print(Text.assemble((family, "bold"), f"  {directions}"))
-        out.print(_narrow(found, paper=out.width >= ROOM_FOR_PAPERS))
-    out.print(_data_table())
+        out.print(_narrow(found))
+    out.print(Text.assemble(("for any method", "bold"), "  settings of data.STREAM in a recipe"))
+    out.print(_narrow_data_table())
 
 
 def _families(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    families: dict[str, list[Mapping[str, Any]]] = {}
-    for found in records:
-        families.setdefault(found["family"], []).append(found)
-    return families
+    """The records by family, in the survey's order."""
+    families = {family: [r for r in records if r["family"] == family] for family in DIRECTIONS}
+    return {family: found for family, found in families.items() if found}
 
 
 def _everything(records: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(
         Column("method", no_wrap=True),
         Column("direction", no_wrap=True),
-        "data",
-        "needs",
-        Column("paper", no_wrap=True),
+        Column("data", max_width=9),
+        Column("needs", max_width=16),
         "year",
         "written from",
         "what it does",
@@ -64,8 +62,8 @@ def _everything(records: Sequence[Mapping[str, Any]]) -> Table:
     for found in _families(records).values():
         table.add_section()
         for r in found:
-            row = (r["name"], r["direction"], r["data"], _needs(r), r["paper"], str(r["year"]), r["checked"], r["summary"])
-            table.add_row(*(Text(cell) for cell in row))
+            row = (r["direction"], r["data"], _needs(r), str(r["year"]), r["checked"], r["summary"])
+            table.add_row(_named(r), *(Text(cell) for cell in row))
     return table
 
 
@@ -80,15 +78,27 @@ def _data_table() -> Table:
     return table
 
 
-def _narrow(records: Sequence[Mapping[str, Any]], *, paper: bool) -> Table:
-    """Of each method its needs, its paper where there is room, and what it does."""
-    widths = {"method": max(map(len, METHODS)), "needs": 15, **({"paper": 16} if paper else {})}
-    columns = [Column(name, width=width, overflow="fold") for name, width in widths.items()]
-    table = Table(*columns, "what it does", box=box.SIMPLE_HEAD, pad_edge=False)
+def _narrow(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Of each method its paper, its needs, and what it does."""
+    width = max(len(text) for name, entry in METHODS.items() for text in (name, entry.paper))
+    needs = Column("needs", width=len("reference model,"))
+    table = Table(Column("method", width=width), needs, "what it does", box=box.SIMPLE_HEAD, pad_edge=False)
     for r in records:
-        cells = (r["name"], _needs(r), *([r["paper"]] if paper else []), r["summary"])
-        table.add_row(*(Text(cell) for cell in cells))
+        table.add_row(_named(r), Text(_needs(r)), Text(r["summary"]))
     return table
+
+
+def _narrow_data_table() -> Table:
+    """What a recipe can do to its data: each with its paper, the setting, and what it does."""
+    table = Table(Column("data", no_wrap=True), "setting, and what it does", box=box.SIMPLE_HEAD, pad_edge=False)
+    for one in DATA_METHODS:
+        table.add_row(Text.assemble(one.name, "\n", (one.paper, "dim")), Text(f"{one.key}\n{one.does}"))
+    return table
+
+
+def _named(found: Mapping[str, Any]) -> Text:
+    """A method's name, and its paper below it."""
+    return Text.assemble(found["name"], "\n", (found["paper"], "dim"))
 
 
 def _needs(found: Mapping[str, Any]) -> str:
@@ -105,7 +115,8 @@ def print_one(name: str, console: Console | None = None, *, as_json: bool = Fals
     out = console or Console()
     out.print(Text.assemble((name, "bold"), f"  {found['paper'] or ''}  {found['data']}; needs {_needs(found)}"))
     if found["checked"]:
-        out.print(Text(f"{found['family']}, {found['direction']}; written from: {found['checked']}"))
+        kind = ", ".join(dict.fromkeys((found["family"], found["direction"])))
+        out.print(Text(f"{kind}; written from: {found['checked']}"))
     out.print(Text(found["summary"]))
     for text in found["idea"]:
         out.print(Text(text))
@@ -147,8 +158,8 @@ def _terms(out: Console, found: Sequence[Mapping[str, Any]]) -> None:
     out.print(Padding(terms, (1, 0, 0, 0)))
     surrogates = [(term["name"], term["estimator"]) for term in found if term["estimator"] is not None]
     if surrogates:
-        title = "weight on grad log pi: gate (pi / denominator) advantage"
-        slots = Table("term", "gate", "denominator", "advantage", "averaged", title=title, title_justify="left")
+        out.print(Text("weight on grad log pi: gate (pi / denominator) advantage", style="italic"))
+        slots = Table("term", "gate", "denominator", "advantage", "averaged")
         for name, slot in surrogates:
             cells = (name, slot["gate"], slot["denominator"], slot["advantage"], slot["within"] or "no")
             slots.add_row(*(Text(cell) for cell in cells))
@@ -156,7 +167,8 @@ def _terms(out: Console, found: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _settings(out: Console, found: Mapping[str, Any]) -> None:
-    settings = Table("setting", "default", "what it is", title="settings", title_justify="left")
+    default = Column("default", max_width=20 if out.width < WIDE else None, overflow="fold")
+    settings = Table(Column("setting", no_wrap=True), default, "what it is", title="settings", title_justify="left")
     for key, value in found["settings"].items():
         settings.add_row(*(Text(cell) for cell in (key, repr(value), found["about"][key])))
     out.print(settings if found["settings"] else Text("no settings"))

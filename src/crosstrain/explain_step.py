@@ -14,17 +14,8 @@ from crosstrain.training.collect import Collected
 from crosstrain.training.columns import no_grad_scores
 from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine
-from crosstrain.training.loop import (
-    PROBE,
-    Progress,
-    accumulate,
-    denominators,
-    draw,
-    make_batch,
-    measure_probes,
-    minibatches,
-    step_seed,
-)
+from crosstrain.training.gradient import PROBE, accumulate, denominators, measure_probes
+from crosstrain.training.loop import Progress, draw, make_batch, minibatches, step_seed
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.types import Batch, Group, Method, Scores, Source, Trajectory, Updates
 
@@ -106,7 +97,8 @@ def measure(engine: Engine, method: Method, optimizer: Optimizer, batch: Batch, 
     """What the updates on a batch with the column ROW do to its tokens: those of one pass over it, with the model as it is."""
     zeros = torch.zeros(batch.tokens.shape, dtype=torch.float64)
     seen = Seen({t.name: zeros.clone() for t in method.terms}, zeros.clone(), {t.name: {} for t in method.terms})
-    once = replace(method, updates=Updates(1, method.updates.minibatches))
+    now = method.at(method.init())
+    once = replace(now, updates=Updates(1, method.updates.minibatches))
     first: tuple[Batch, Mapping[str, float]] | None = None
     for minibatch in minibatches(batch, once, engine.seed, 0):
         minibatch = replace(minibatch, step=seen.steps)
@@ -114,14 +106,14 @@ def measure(engine: Engine, method: Method, optimizer: Optimizer, batch: Batch, 
         if not any(counts.values()):
             continue
         engine.model.train()
-        meter = accumulate(engine, method, minibatch, counts, optimizer, seen.note)
+        meter = accumulate(engine, now, minibatch, counts, optimizer, seen.note)
         seen.steps += 1
         for term in method.terms:
             seen.losses[term.name] = seen.losses.get(term.name, 0.0) + meter.losses.get(term.name, 0.0)
             seen.counts.setdefault(term.name, []).append(counts[term.name])
         first = first or (minibatch, counts)
     if seen.unseen and first is not None:
-        probing = replace(method, probes=tuple(PROBE + term.name for term in method.terms))
+        probing = replace(now, probes=tuple(PROBE + term.name for term in method.terms))
         found = measure_probes(engine, probing, *first, optimizer)
         seen.norms = {term.name: found[PROBE + term.name] for term in method.terms}
     optimizer.zero_grad()

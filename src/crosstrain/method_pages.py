@@ -5,7 +5,6 @@ python -m crosstrain.method_pages docs/methods
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +12,14 @@ from typing import Any
 
 from crosstrain.methods import METHODS
 from crosstrain.methods.describe import record
+from crosstrain.methods.registry import DIRECTIONS
 
 MARK = "<!-- Made by `python -m crosstrain.method_pages docs/methods` from the method's own record; edit that. -->"
 """The last line of a page, which tells it from one that somebody wrote."""
 
 CHECKED = {
     "official source": "its authors' code and the paper",
-    "port": "a framework's port of it, and the paper",
+    "port": "a framework's port of it",
     "paper": "the paper alone",
     "reconstructed": "descriptions by others: its source could not be established",
 }
@@ -60,7 +60,7 @@ def write(folder: Path) -> list[Path]:
 
 def index(records: Sequence[Mapping[str, Any]]) -> str:
     """All methods by family."""
-    families = dict.fromkeys(found["family"] for found in records)
+    families = [family for family in DIRECTIONS if any(found["family"] == family for found in records)]
     parts = [
         "# The methods",
         f"{len(records)} methods, each a page with its objective, the weight that it gives to a token, its settings, and how far "
@@ -109,7 +109,7 @@ def how_checked(found: Mapping[str, Any]) -> list[str]:
 def _facts(found: Mapping[str, Any]) -> str:
     steps = found["updates"]["epochs"] * found["updates"]["minibatches"]
     rows = [
-        ("family", f"{found['family']}, {found['direction']}"),
+        ("family", ", ".join(dict.fromkeys((found["family"], found["direction"])))),
         ("learns from", LEARNS[found["data"]]),
         ("needs", ", ".join(found["needs"]) or "nothing beside a model and prompts"),
         ("paper", f"{_paper(found['paper'])}, {found['year']}"),
@@ -144,9 +144,9 @@ def _terms(terms: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         parts.append(_table(("term", "gate", "denominator", "A", "averaged"), filled))
     others = [f"`{t['name']}`" for t in terms if t["estimator"] is None]
-    if others:
+    if others and slots:
         parts.append(
-            f"{' and '.join(others)} {'is' if len(others) == 1 else 'are'} no such product: the table above has the loss."
+            f"{' and '.join(others)} {'is' if len(others) == 1 else 'are'} no such product: the first table has the loss."
         )
     return parts
 
@@ -156,17 +156,17 @@ def _settings(found: Mapping[str, Any]) -> list[str]:
     if not settings:
         return [f"None. In a recipe: `method: {name}`."]
     first, value = next(iter(settings.items()))
-    rows = [(f"`{key}`", f"`{default!r}`", _sentence(found["about"][key])) for key, default in settings.items()]
+    rows = [(f"`{key}`", f"`{default!r}`", found["about"][key]) for key, default in settings.items()]
     return [
-        "Defaults are the published ones, from the source named above, where a line does not say otherwise. In a recipe: "
+        f"Defaults are {_whose(found['checked'])}, where a line does not say otherwise. In a recipe: "
         f"`method: {name}`, or `method: {{{name}: {{{first}: {_yaml(value)}}}}}`.",
         _table(("setting", "default", "what it is"), rows),
     ]
 
 
-def _sentence(text: str) -> str:
-    """The text with a capital, unless it starts with a formula."""
-    return text[0].upper() + text[1:] if re.match(r"[a-z]{2,}\b", text) else text
+def _whose(checked: str) -> str:
+    told = checked == "reconstructed"
+    return "those of the descriptions that it was written from" if told else "the published ones, from the source named above"
 
 
 def _yaml(value: Any) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from crosstrain import assemble
+from crosstrain import assemble, checks
 from crosstrain.config import Recipe
 from crosstrain.errors import UserError
 from crosstrain.models import describe_model
 from crosstrain.prediction import Prediction, StagePlan, plan_stages, predict
 from crosstrain.prepare import base_engine, prepare
-from crosstrain.training.loop import NonFinite
+from crosstrain.training.gradient import NonFinite
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def plan(recipe: Recipe) -> RunPlan:
         rows=dict(ready.loaded.rows),
         warnings=(
             *ready.loaded.warnings,
-            *assemble.unused_settings(recipe, ready.methods),
-            *assemble.short_iterations(recipe, ready.methods, ready.loaded),
+            *checks.unused_settings(recipe, ready.methods),
+            *checks.short_iterations(recipe, ready.methods, ready.loaded),
         ),
         stages=stages,
         predicted=predict(stages),

@@ -72,7 +72,6 @@ def plan_stages(recipe: Recipe, ready: Prepared, engine: Engine) -> tuple[StageP
     """
     if engine.reference is None:  # what is computed beforehand costs about what it would in the steps
         engine = replace(engine, reference=lambda: nullcontext(ready.model))
-    engine = replace(engine, average=lambda: nullcontext(ready.model))
     plans = []
     for i, (stage, method) in enumerate(zip(recipe.stages, ready.methods, strict=True)):
         one = _first_step(recipe, stage, method, ready, engine)

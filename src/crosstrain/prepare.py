@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crosstrain import assemble
+from crosstrain import assemble, checks
 from crosstrain.config import Recipe
 from crosstrain.models import resolve_device
 from crosstrain.training.cost import Cost
@@ -44,10 +45,10 @@ def prepare(recipe: Recipe) -> Prepared:
     model, tokenizer = assemble.load_base(recipe, device)
     loaded = assemble.load_streams(recipe, tokenizer, model, methods)
     for i, method in enumerate(methods):
-        assemble.check_data(method, loaded)
-        assemble.check_reference(recipe, method, i)
-    assemble.check_evaluation(recipe, tokenizer)
-    assemble.check_values(recipe, methods, model)
+        checks.check_data(method, loaded)
+        checks.check_reference(recipe, method, i)
+    checks.check_evaluation(recipe, tokenizer)
+    checks.check_values(recipe, methods, model)
     vocabulary = int(model.config.get_text_config().vocab_size)
     teacher = assemble.load_teacher(recipe, methods, tokenizer, vocabulary, device)
     precision = assemble.resolve_precision(recipe, device)
@@ -63,11 +64,12 @@ def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
     UserError when a method samples and `rewards` is None.
     """
     for method in ready.methods:
-        assemble.check_rewards(method, rewards)
+        checks.check_rewards(method, rewards)
     samples = any(method.plan.samples for method in ready.methods)
     engine = assemble.make_engine(recipe, ready.model, ready.tokenizer, ready.loaded, rewards, ready.device, samples=samples)
     base = partial(assemble.base_weights, recipe, ready.device, ready.optimizer.masters)
-    engine = replace(engine, value_head=ready.value_head, teacher=ready.teacher, base=base)
+    average = partial(nullcontext, ready.model)  # which starts as the model
+    engine = replace(engine, value_head=ready.value_head, teacher=ready.teacher, base=base, average=average)
     if any(method.inputs is not None for method in ready.methods):
         engine = replace(engine, frozen_embeddings=deepcopy(ready.model.get_input_embeddings()).requires_grad_(False))
     stages = zip(recipe.stages, ready.methods, strict=True)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from crosstrain import assemble, run_record
+from crosstrain import assemble, checks, run_record
 from crosstrain.card import model_card
 from crosstrain.config import Recipe, Stage, SwitchSpec, config_hash, load_recipe, parse
 from crosstrain.data.mixtures import Mixture
@@ -34,7 +34,8 @@ from crosstrain.training.checkpoint import Checkpoint, write_folder, write_json
 from crosstrain.training.cost import Cost
 from crosstrain.training.display import Display
 from crosstrain.training.engine import Engine
-from crosstrain.training.loop import NonFinite, Progress, share_spent, stage_progress, train_stage
+from crosstrain.training.gradient import NonFinite
+from crosstrain.training.loop import Progress, share_spent, stage_progress, train_stage
 from crosstrain.training.record import (
     append_lines,
     completion_lines,
@@ -387,8 +388,8 @@ class _Run:
         self.record |= setup
         self.record.setdefault("started_at", now())
         self.record.setdefault("warnings", [])
-        short = assemble.short_iterations(self.recipe, self.methods, self.loaded)
-        for text in (*self.loaded.warnings, *assemble.unused_settings(self.recipe, self.methods), *short):
+        short = checks.short_iterations(self.recipe, self.methods, self.loaded)
+        for text in (*self.loaded.warnings, *checks.unused_settings(self.recipe, self.methods), *short):
             self._warn(text)
         if reason := getattr(engine.sampler, "path_reason", ""):
             self._warn(f"sampling runs whole sequences again for every token, which is slow: {reason}")

@@ -28,7 +28,7 @@ from crosstrain.training.batching import cut, to_batch, with_advantage
 from crosstrain.training.collect import Collected, Truncation, collect
 from crosstrain.training.columns import no_grad_scores, teacher_scores
 from crosstrain.training.engine import Engine, Teacher
-from crosstrain.training.loop import NonFinite, backward
+from crosstrain.training.gradient import NonFinite, backward
 from crosstrain.training.metrics import Meter
 from crosstrain.types import Batch, Channel, Example, Group, Method, Scores, Source, State, Trajectory, Weights
 from crosstrain.value_head import make_value_head, named

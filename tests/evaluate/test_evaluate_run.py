@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from crosstrain.config.recipe import EvaluationSpec, SamplingSpec
+from crosstrain.config.evaluation import EvaluationSpec
+from crosstrain.config.recipe import SamplingSpec
 from crosstrain.data.rows import Row
 from crosstrain.errors import UserError
 from crosstrain.evaluate import Evaluated, evaluate_model, measure_dev

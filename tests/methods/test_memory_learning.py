@@ -28,6 +28,7 @@ def test_rewards_alone_teach_what_sampling_can_find(name: str, settings: dict[st
     metrics = learn(load_method(name, **settings), model, bandit, steps=50)
     assert min(bandit.success(model)) > 0.9
     assert metrics[-1]["reward"] > metrics[0]["reward"] + 0.5
+    assert any("weight_share/replay/policy" in m for m in metrics) == (name == "replay")
 
 
 AIDED: list[tuple[str, dict[str, Any], int]] = [

@@ -16,7 +16,7 @@ from torch import Tensor
 from worked import Line, Paper, agrees, answer, group, prepared, random_groups, selected, weights_of
 
 import crosstrain
-from crosstrain import assemble, run
+from crosstrain import checks, run
 from crosstrain.errors import UserError
 from crosstrain.methods import load_method
 from crosstrain.methods.describe import record
@@ -268,8 +268,8 @@ def test_a_rewards_key_has_no_use_beside_spin_alone(world: Path) -> None:
     content = recipe(world, {"method": "spin", "max_steps": 1}, rewards=[f"{world}/reward.py:length"])
     spin, grpo = load_method("spin"), load_method("grpo")
     parsed = run.as_recipe(content)
-    assert assemble.unused_settings(parsed, [spin]) == ["rewards: no stage learns from rewards, so nothing is scored with them"]
-    assert assemble.unused_settings(parsed, [spin, grpo]) == []
+    assert checks.unused_settings(parsed, [spin]) == ["rewards: no stage learns from rewards, so nothing is scored with them"]
+    assert checks.unused_settings(parsed, [spin, grpo]) == []
 
 
 @pytest.mark.parametrize("name", ["spin", "online_dpo"])

@@ -11,7 +11,7 @@ from bandit import Bandit, learn, model_for
 from torch import Tensor
 from worked import answer, gradient_of, group, prepared, random_groups, random_logps, weights_of
 
-from crosstrain import assemble
+from crosstrain import assemble, checks
 from crosstrain.data import Stream
 from crosstrain.data.chat import encode
 from crosstrain.data.rows import parse_row
@@ -211,6 +211,6 @@ def test_rows_without_them_are_named_before_step_1() -> None:
     )
     loaded = assemble.Loaded({"train": Stream("train", examples)}, {}, {}, ())
     with pytest.raises(UserError, match=r"`behaviour_logp`.* which 1 of 2 rows of 'train' lack: rows\.jsonl:2"):
-        assemble.check_data(load_method("pear"), loaded)
-    assemble.check_data(load_method("pear", behaviour="reference"), loaded)
-    assemble.check_data(load_method("sft"), loaded)
+        checks.check_data(load_method("pear"), loaded)
+    checks.check_data(load_method("pear", behaviour="reference"), loaded)
+    checks.check_data(load_method("sft"), loaded)

@@ -13,6 +13,7 @@ from crosstrain.errors import UserError
 from crosstrain.explain import GivenBatch, explain
 from crosstrain.methods import METHODS, load_method
 from crosstrain.methods.describe import record
+from crosstrain.methods.registry import DIRECTIONS
 from crosstrain.testing import check_method
 
 
@@ -24,6 +25,11 @@ def test_a_method_records_its_name_paper_and_every_setting(name: str) -> None:
     assert all(
         p.kind is p.KEYWORD_ONLY or p.default is not p.empty for p in inspect.signature(entry.factory).parameters.values()
     )
+
+
+def test_a_family_and_a_direction_are_the_surveys() -> None:
+    assert {entry.family for entry in METHODS.values()} == set(DIRECTIONS)
+    assert {entry.direction for entry in METHODS.values()} <= set(DIRECTIONS.values())
 
 
 def test_named_settings_of_grpo_record_their_own_name_and_settings() -> None:

@@ -26,7 +26,7 @@ from crosstrain.studies.estimate import expected_seconds
 from crosstrain.studies.layout import only_one_process, slugs, study_runs
 from crosstrain.studies.progress import Clock
 from crosstrain.studies.runner import checked, plan, run_study
-from crosstrain.training.loop import NonFinite
+from crosstrain.training.gradient import NonFinite
 
 
 def run(out: Path, fakes: Fakes, spec: StudySpec | None = None, **options: Any) -> str:

@@ -14,7 +14,7 @@ from crosstrain.config import ArmSpec, Recipe, StudySpec, parse
 from crosstrain.errors import UserError
 from crosstrain.studies.runner import run_study
 from crosstrain.studies.tune import Trial, arms_yaml, best_rate, dev_value, trial_recipe, with_rates
-from crosstrain.training.loop import NonFinite
+from crosstrain.training.gradient import NonFinite
 
 
 def tune(out: Path, fakes: Fakes, spec: StudySpec | None = None) -> str:

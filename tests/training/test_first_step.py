@@ -16,7 +16,8 @@ from crosstrain.training import first_step
 from crosstrain.training.batching import distinct_tokens
 from crosstrain.training.engine import Engine
 from crosstrain.training.first_step import FirstStep, measure_first_step
-from crosstrain.training.loop import Progress, StageSettings, draw, make_batch, micro_batches, train_stage
+from crosstrain.training.gradient import micro_batches
+from crosstrain.training.loop import Progress, StageSettings, draw, make_batch, train_stage
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.types import Batch, Example, Group, Method
 

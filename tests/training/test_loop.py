@@ -22,7 +22,8 @@ from crosstrain.training.collect import Truncation
 from crosstrain.training.columns import add_columns
 from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine
-from crosstrain.training.loop import NonFinite, Progress, StageSettings, Step, minibatches, stage_progress, train_stage
+from crosstrain.training.gradient import NonFinite
+from crosstrain.training.loop import Progress, StageSettings, Step, minibatches, stage_progress, train_stage
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.probe import product_weights
 from crosstrain.training.score import lay_out

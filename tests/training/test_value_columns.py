@@ -42,9 +42,9 @@ def test_a_batch_is_scored_once_by_the_policy_and_once_by_the_reference(epochs: 
     calls: list[bool] = []
     scores = columns.no_grad_scores
 
-    def counted(*args: Any, watch: bool = False) -> Any:
+    def counted(*args: Any, watch: bool = False, **more: Any) -> Any:
         calls.append(watch)
-        return scores(*args, watch=watch)
+        return scores(*args, watch=watch, **more)
 
     monkeypatch.setattr(columns, "no_grad_scores", counted)
     batch, cost = add_columns(engine_of(model, made_up_value_head(model)), method, plain, Cost())

@@ -5,25 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from crosstrain.config.data import FilterSpec, OrderSpec, SelectSpec
+from crosstrain.config.data import DataSpec, FilterSpec, OrderSpec, SelectSpec
+from crosstrain.config.evaluation import EvalSetSpec, EvaluationSpec
 from crosstrain.config.files import config_hash, load, parse, read_mapping, to_yaml
-from crosstrain.config.recipe import (
-    BudgetSpec,
-    DataSpec,
-    EvalSetSpec,
-    EvaluationSpec,
-    LoraSpec,
-    MethodSpec,
-    ModelSpec,
-    Recipe,
-    Repeat,
-    RewardSpec,
-    RewardsSpec,
-    SamplingSpec,
-    SaveSpec,
-    Stage,
-    SwitchSpec,
-)
+from crosstrain.config.recipe import BudgetSpec, LoraSpec, ModelSpec, Recipe, SamplingSpec, SaveSpec
+from crosstrain.config.rewards import RewardSpec, RewardsSpec
+from crosstrain.config.stages import MethodSpec, Repeat, Stage, SwitchSpec
 from crosstrain.config.study import ArmSpec, ContrastsSpec, SharedSpec, StudySpec, TuneSpec
 from crosstrain.errors import UserError
 

@@ -1,12 +1,14 @@
-"""What is done to the rows of a stream before they are drawn: filters, selection, order."""
+"""A stream of a recipe: where its rows come from, and what is done to them before they are drawn (filters, selection, order)."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from crosstrain.config.fields import STRICT, Count, Number, Positive, Share, named
+from crosstrain.cache import keep_rows
+from crosstrain.config.fields import STRICT, Count, Number, Positive, Seed, Share, TaskConfig, named
 
 
 def _changed(spec: BaseModel, *keys: str) -> list[str]:
@@ -102,3 +104,70 @@ class OrderSpec(BaseModel):
         if self.start == 1:
             raise ValueError("'start' is 1, so every row is in the pool from the first, and the order has no effect")
         return self
+
+
+def _rows(value: Any) -> Any:
+    """A list of rows or a `datasets.Dataset` as the path of a file that holds them; any other value as it is."""
+    rows = value.to_list() if hasattr(value, "to_list") else value
+    if not isinstance(rows, list):
+        return value
+    if names := [row for row in rows if isinstance(row, str)]:
+        raise ValueError(f"got the list {names!r:.80}; a stream is one file each: {{train: FILE, other: FILE}}")
+    return str(keep_rows(rows))
+
+
+class DataSpec(BaseModel):
+    """One stream of examples: a file, a task that makes them, or a mixture of such. A bare string is a path; in Python, rows may be
+    given."""
+
+    model_config = STRICT
+    path: str | None = Field(None, description="JSONL, JSON, CSV, Parquet file or `datasets` folder.")
+    task: str | None = Field(None, description="Name of a task, instead of a path.")
+    mixture: list[DataSpec] | None = Field(
+        None, min_length=2, description="Sources that the stream draws from by `weight`, each with settings of its own."
+    )
+    weight: Positive | None = Field(
+        None, description="In a mixture: the source's share, relative to the others; 1 if not given."
+    )
+    task_config: TaskConfig = {}
+    split: str = Field("train", description="Split of the task.")
+    size: Count | None = Field(
+        None, description="How many rows of the source, from its first; all of them (or the task's default) when not given."
+    )
+    seed: Seed = 0
+    system_prompt: str | None = Field(None, description="System message put before every prompt that has none.")
+    filter: FilterSpec | None = Field(None, description="Rows that are left out.")
+    select: SelectSpec | None = Field(None, description="Rows that are chosen of the others, as the untrained model sees them.")
+    order: OrderSpec | None = Field(None, description="A curriculum; rows are shuffled anew each epoch when not given.")
+
+    _short = model_validator(mode="before")(lambda value: named("path", _rows(value)))
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        origins = [key for key in ("path", "task", "mixture") if getattr(self, key) is not None]
+        if len(origins) != 1:
+            got = " and ".join(f"{key}={getattr(self, key)!r:.60}" for key in origins) or "none"
+            raise ValueError(f"needs exactly one of 'path', 'task' and 'mixture', got {got}")
+        own = {"path": ("task_config", "split", "seed"), "task": (), "mixture": tuple(type(self).model_fields)}[origins[0]]
+        useless = [key for key in own if key not in origins and getattr(self, key) != type(self).model_fields[key].default]
+        if useless and self.mixture is not None:
+            raise ValueError(f"{useless[0]!r} stands beside 'mixture'; write it inside the source it is for")
+        if useless:
+            raise ValueError(f"{useless[0]!r} has no effect beside 'path'; remove it or name a 'task'")
+        if self.mixture is not None and any(part.mixture is not None for part in self.mixture):
+            raise ValueError("a source of a mixture is a file or a task, not another mixture; list its sources here")
+        return self
+
+    @property
+    def sources(self) -> tuple[DataSpec, ...]:
+        """The files and tasks that it is made of."""
+        return (self,) if self.mixture is None else tuple(self.mixture)
+
+
+def streams(value: Any) -> Any:
+    """A single data spec (or path, or rows) becomes the stream `train`."""
+    value = _rows(value)
+    single = isinstance(value, str | DataSpec) or (
+        isinstance(value, Mapping) and bool({"path", "task", "mixture"} & set(value))
+    )
+    return {"train": value} if single else value

@@ -6,20 +6,10 @@ from typing import Annotated, Any, Self, get_type_hints
 
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
+from crosstrain.config.fields import STRICT, Flag, Positive, Seed, Share
 from crosstrain.config.files import parse, set_path
-from crosstrain.config.recipe import (
-    STRICT,
-    BudgetSpec,
-    Flag,
-    MethodSpec,
-    Positive,
-    Recipe,
-    Seed,
-    Share,
-    Stage,
-    Stages,
-    gather_stage,
-)
+from crosstrain.config.recipe import BudgetSpec, Recipe
+from crosstrain.config.stages import MethodSpec, Stage, Stages, gather_stage
 from crosstrain.errors import UserError, nearest
 
 _OWN = ("stages", "seed", "budget", "output_dir")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from crosstrain.config.recipe import EvalSetSpec
+from crosstrain.config.evaluation import EvalSetSpec
 from crosstrain.data.chat import encode
 from crosstrain.errors import UserError
 from crosstrain.evaluate.pass_at_k import pass_at_k

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from crosstrain.assemble import stop_tokens
-from crosstrain.config.recipe import EvaluationSpec, SamplingSpec
+from crosstrain.config.evaluation import EvaluationSpec
+from crosstrain.config.recipe import SamplingSpec
 from crosstrain.errors import UserError
 from crosstrain.evaluate import divergence
 from crosstrain.evaluate.divergence import BaseAnswers

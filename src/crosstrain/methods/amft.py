@@ -38,17 +38,23 @@ def amft(
 ) -> Method:
     """AMFT (adaptive meta fine-tuning): (1 - mu) RL + mu SFT, mu moved by the policy's entropy and by what helps the reward.
 
-    Loss: (1 - mu) times GRPO's clipped loss over all own tokens plus mu times -log pi over all demonstration tokens. Weight on
-    grad log pi: (1 - mu) A / N_own and mu / N_demo, with the group-normalised A of `grpo`. The first `warmup_steps` steps imitate
-    alone. After every other step, within [mu_lowest, mu_highest],
+    The first `warmup_steps` steps imitate alone. After every other step mu moves, and stays within [mu_lowest, mu_highest]:
         mu <- mu + entropy_lr (H* - H) + meta_lr lr (g_SFT . g_RL - |g_RL|^2)
-    with H the entropy over the step's trained tokens, H* that of the first step after warm-up, and in the last part, which comes in
-    every `meta_every`-th step, g the gradients of the two losses: the derivative of the expected reward after a step of learning
-    rate lr with respect to mu. The inner product follows from the norms of both gradients and of their sum.
+    H is the entropy over the step's trained tokens, and H* that of the first step after warm-up. The last part comes in every
+    `meta_every`-th step; there g are the gradients of the two losses, and it is the derivative with respect to mu of the expected
+    reward after a step of learning rate lr. The inner product follows from the norms of both gradients and of their sum.
 
-    mu: 0.8 at the start in the authors' settings, 0.5 in their class; the other numbers are from their settings too. meta_lr: 0
-    turns the meta-gradient off, and with it two further passes per step. rollouts_from, demonstrations_from: the data streams; with
-    one name for both, each row gives both. demonstration_share: of the step's examples, where there are two streams.
+    Loss: (1 - mu) times GRPO's clipped loss over all own tokens, plus mu times -log pi over all demonstration tokens. Weight on
+    grad log pi: (1 - mu) A / N_own and mu / N_demo, with the group-normalised A of `grpo` over rollouts alone; a batch is used
+    once, so that r is 1.
+
+    mu: the weight of imitation after warm-up, at first; 0.8 in the authors' settings, 0.5 in their class. mu_lowest, mu_highest:
+    the bounds of mu, from the authors' settings. entropy_lr: how fast entropy moves mu, from the authors' settings. meta_lr: how
+    fast the meta-gradient moves mu, from the authors' settings; 0 turns it off, and with it two further passes per step.
+    meta_every: steps from one meta-gradient to the next, from the authors' settings. warmup_steps: steps that imitate alone at
+    first, from the authors' settings. epsilon: the bound of the clip, which never acts here, as r is 1. demonstration_share: the
+    share of demonstrations in the step's examples, where there are two streams. rollouts_from, demonstrations_from: the data
+    streams; with one name for both, each row gives both.
     """
     if not 0 < mu_lowest <= mu <= mu_highest < 1:
         raise ValueError(

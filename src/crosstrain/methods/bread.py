@@ -40,9 +40,15 @@ def bread(
     A prompt gets num_generations rollouts. Where none is solved (reward > solved_above), a binary search over the demonstration,
     cut into `episodes` parts, looks for the shortest beginning from which the share of solved rollouts is in [lowest, highest]:
     below, more is shown, above, less. The search ends there, or where nothing lies between too little and enough; the shortest
-    beginning tried with more than `highest` is then taken, and without one the prompt stays unsolved. Loss: that of `grpo` on the
-    rollouts from the beginning that was found, over what they wrote themselves; all others of the search were sampled for nothing,
-    and are counted in the budget. Weight on grad log pi: that of `grpo` within the group that is kept, 0 on what was shown.
+    beginning tried with a share of at least `lowest` is then taken, and without one the prompt stays unsolved.
+
+    Loss: that of `grpo`, max(-A r, -A clip(r)), on the rollouts from the beginning that was found, over what they wrote themselves.
+    All others of the search are dropped; they are counted in the budget. Weight on grad log pi: that of `grpo`, gate r A / (T_i N),
+    A within the group that is kept; 0 on what was shown.
+
+    episodes: parts of about one length that a demonstration is cut into, about ten by descriptions of the paper. num_generations:
+    rollouts from the prompt, and from each beginning that is tried (a guess). lowest, highest: the band of the share of solved
+    rollouts in which the search ends (guesses). beta: the coefficient of `grpo`'s KL term; 0, for none, is a choice.
     """
     if episodes < 2:
         raise ValueError(f"episodes: got {episodes}; it must be at least 2")

@@ -42,11 +42,11 @@ def chord_mu(
     demonstrations; mu falls from its start to mu_valley along half a cosine. Weight on grad log pi: (1 - mu) gate r A / N_own and
     mu / N_demo, with r = pi / pi_old and the group-normalised A of `grpo` over rollouts alone.
 
-    mu: the coefficient that imitation starts with, 0.9 in the paper. mu_valley: the one that it falls to, 0.05 there.
+    mu: the coefficient that imitation starts with, 0.9 in the paper. mu_valley: the one that it falls to, 0.05 in the paper.
     mu_warmup_steps: steps over which mu first rises from 0; none in the paper. mu_decay_steps: 200 in the paper's text, 30 in its
     appendix, 400 in the authors' example. rollouts_from, demonstrations_from: the data streams, whose prompts need not be the same;
-    with one name for both, each row gives both. demonstration_share: of the step's examples; 64 demonstrations beside 32 prompts in
-    the paper.
+    with one name for both, each row gives both. demonstration_share: the share of demonstrations in the step's examples; 64
+    demonstrations beside 32 prompts in the paper.
     """
     _check(mu=mu, mu_valley=mu_valley)
     return _chord(

@@ -37,9 +37,9 @@ def cispo(
     Loss (logged): -sum_t sg(r') A log pi(y_t) / N over all tokens of the step, with r' = r = pi / pi_old cut, and the
     group-normalised A of `grpo`. Weight on grad log pi: A r' / N.
 
-    bounds: two meanings of the upper bound are in use. "cap": r' = min(r, epsilon_high), an absolute cap, as in TRL; the paper
-    sets no lower bound. "band": r' = clip(r, 1 - epsilon, 1 + epsilon_high), as in verl. epsilon_high: the paper names no
-    number, 5 is TRL's example. epsilon: read by "band" alone.
+    bounds: two meanings of the upper bound are in use. "cap": r' = min(r, epsilon_high), an absolute cap, as in TRL; the paper sets
+    no lower bound. "band": r' = clip(r, 1 - epsilon, 1 + epsilon_high), as in verl. epsilon_high: the upper bound of the ratio; the
+    paper names no number, 5 is TRL's example. epsilon: the lower bound of "band" alone.
     """
     if bounds not in ("cap", "band"):
         raise ValueError(f"bounds: got {bounds!r}; allowed: cap, band")

@@ -46,7 +46,8 @@ def clip_cov(
     `lowest` and `highest`. Weight on grad log pi: m A r / N. PPO's clip is left out, as the authors' scripts open it to a bound
     of 1.
 
-    ratio: of all tokens, the authors'. lowest, highest: between which a covariance must lie, 1 and 5 in the authors' scripts.
+    ratio: the share of all tokens that is held back, the authors'. lowest, highest: the bounds between which a covariance must lie,
+    1 and 5 in the authors' scripts.
     """
     if not 0 < ratio < 1 or lowest >= highest:
         raise ValueError(
@@ -97,7 +98,8 @@ def kl_cov(
     with r = pi / pi_old and the group-normalised A of `grpo`; c is 1 for the `ratio` of all tokens (at least one) with the highest
     (A - mean A) (log pi - mean log pi). Weight on grad log pi: (A r - c beta sign(log pi - log pi_old)) / N. No PPO clip anywhere.
 
-    ratio: the authors' for 7B models, 2e-4 for 32B. beta: 1 in the authors' scripts (0.1 is the default of verl's code).
+    ratio: the share of all tokens that is held; 2e-3 is the authors' for 7B models, 2e-4 for 32B. beta: how much the KL counts, 1
+    in the authors' scripts (0.1 is the default of verl's code).
 
     With one optimizer step per batch the second part has no gradient.
     """

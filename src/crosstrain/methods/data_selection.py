@@ -40,10 +40,15 @@ def solve_rate_selection(
 ) -> Method:
     """Prompt selection by solve rate: GRPO on prompts that are neither always nor never solved.
 
-    `grpo`, whose loss and weights are unchanged, with draws by memory: a prompt is drawn when it was never sampled, when the share
-    of its rollouts that was solved last (reward > solved_above) is in [lowest, highest], and else with chance `revisit`, so that
-    none is lost for ever. The stream is gone through once at most; what is lacking then is filled with prompts that were passed
-    over.
+    A prompt is drawn when it was never sampled, when the share of its rollouts that was solved last (reward > solved_above) is in
+    [lowest, highest], and else with chance `revisit`, so that none is lost for ever. The stream is gone through once at most; what
+    is lacking then is filled with prompts that were passed over.
+
+    Loss: that of `grpo`, max(-A r, -A clip(r)), on the prompts that were drawn. Weight on grad log pi: that of `grpo`, gate r A /
+    (T_i N).
+
+    lowest, highest: the band of solve rates from which prompts are drawn (guesses). revisit: the chance of a new look at a prompt
+    outside of the band (a guess). beta: the coefficient of `grpo`'s KL term; 0, for none, is a choice.
     """
     _check_chance("revisit", revisit)
     if not 0 <= lowest <= highest <= 1:
@@ -96,11 +101,19 @@ def difficulty_curriculum(
 ) -> Method:
     """Difficulty curriculum (AdaRFT): GRPO on prompts about as difficult as the policy can just do.
 
-    `grpo`, whose loss and weights are unchanged, with a target difficulty T that moves after every step by its mean reward,
-        T <- clip(T + step_size tanh(sensitivity (mean reward - target_reward)), 0, 100),
-    and draws of prompts of unknown difficulty, of those at most `width` from T, and of others with chance `revisit`. A difficulty
-    is the number in the rows' `column`, or 100 (1 - share of rollouts solved last) where column is empty. The stream is gone
+    A target difficulty T moves after every step by its mean reward:
+        T <- clip(T + step_size tanh(sensitivity (mean reward - target_reward)), 0, 100)
+    Drawn are prompts of unknown difficulty, those at most `width` from T, and others with chance `revisit`. The stream is gone
     through once at most; what is lacking then is filled with prompts that were passed over.
+
+    Loss: that of `grpo`, max(-A r, -A clip(r)), on the prompts that were drawn. Weight on grad log pi: that of `grpo`, gate r A /
+    (T_i N).
+
+    column: the rows' column with a prompt's difficulty, a number from 0 to 100; empty, it is 100 (1 - share of rollouts solved
+    last). initial_target: T at first. target_reward: the mean reward at which T stays where it is, the paper's by descriptions.
+    sensitivity: how soon the tanh saturates, the paper's by descriptions. step_size: how far T moves in a step at most, the paper's
+    by descriptions. width: how far from T a prompt's difficulty may be (a guess). revisit: the chance of a new look at any other
+    prompt (a guess). beta: the coefficient of `grpo`'s KL term; 0, for none, is a choice.
     """
     _check_chance("revisit", revisit)
     if not 0 <= initial_target <= HARDEST or width < 0:
@@ -159,9 +172,13 @@ def rollout_selection(
 ) -> Method:
     """Rollout selection (PODS): GRPO on those `keep` of num_generations rollouts whose rewards vary most.
 
-    `grpo` on the kept ones, its mean and std among them. The subset of a size with the largest variance is some of the lowest and
-    some of the highest rewards; of all such subsets the best is taken, and among equals the one with more of the highest.
-    Sampled and scored is all, and counted in the budget. Weight on grad log pi: that of `grpo` on what is kept, 0 elsewhere.
+    The subset of a size with the largest variance is some of the lowest and some of the highest rewards; of all such subsets the
+    best is taken, and among equals the one with more of the highest. All rollouts are sampled, scored and counted in the budget.
+
+    Loss: that of `grpo`, max(-A r, -A clip(r)), on the rollouts that are kept, with their own mean and std in A. Weight on grad log
+    pi: that of `grpo` on what is kept, gate r A / (T_i N); 0 elsewhere.
+
+    keep: rollouts of a prompt that are trained on. beta: the coefficient of `grpo`'s KL term; 0, for none, is a choice.
     """
     if not 1 <= keep <= num_generations:
         raise ValueError(f"keep: got {keep}; it must be in [1, num_generations] = [1, {num_generations}]")

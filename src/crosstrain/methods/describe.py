@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from typing import Any
 
 import torch
@@ -65,14 +66,14 @@ def record(name: str) -> dict[str, Any]:
         "notes": list(text.notes),
         "description": inspect.getdoc(factory) or "",
         "settings": dict(made.settings),
-        "about": {name: text.settings.get(name, "") for name in made.settings},
+        "about": {name: _sentence(text.settings.get(name, "")) for name in made.settings},
         "updates": {"epochs": made.updates.epochs, "minibatches": made.updates.minibatches},
         "terms": [
             {
                 "name": term.name,
                 "on": on_what(term),
                 "per": str(term.per),
-                "coefficient": "schedule" if callable(term.coef) else float(term.coef),
+                "coefficient": coefficient_of(term, made),
                 "loss": term.describe,
                 "reads": sorted(term.needs),
                 "estimator": estimator_of(term, made),
@@ -85,6 +86,13 @@ def record(name: str) -> dict[str, Any]:
         "core": CORES.get(name),
         "proofs": proofs_of(name),
     }
+
+
+def coefficient_of(term: Term, method: Method) -> float | str:
+    """A term's coefficient; "schedule" where it follows from the step, and "state" where it follows from the method's state."""
+    if method.coefs is not None:
+        return "state"
+    return "schedule" if callable(term.coef) else float(term.coef)
 
 
 def proofs_of(name: str) -> list[dict[str, str | None]]:
@@ -153,6 +161,11 @@ def on_what(term: Term) -> str:
     if not (found := _hit(term, probe)) and (found := _hit(term, remembered)):
         found += " (replayed)"
     return found or "none of these"
+
+
+def _sentence(text: str) -> str:
+    """The text with a capital, unless it starts with a formula."""
+    return text[0].upper() + text[1:] if re.match(r"[a-z]{2,}\b", text) else text
 
 
 def _hit(term: Term, probe: Batch) -> str:

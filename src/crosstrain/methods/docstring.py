@@ -94,7 +94,7 @@ def _parts(paragraph: str, settings: Collection[str]) -> list[tuple[str, str]]:
 
 def _qualified(head: str) -> str:
     """What a head says beyond its name: `Loss, summed over all tokens` -> `summed over all tokens:`."""
-    more = re.sub(r"^(Loss|Weight)( \(logged\)| on grad log pi)?,? ?", "", head) if head[:1].isupper() else ""
+    more = re.sub(r"^(Loss|Weight)( \(logged\)|\s+on\s+grad\s+log\s+pi)?,?\s*", "", head) if head[:1].isupper() else ""
     return f"{more}:" if more else ""
 
 

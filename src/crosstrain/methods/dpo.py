@@ -47,9 +47,12 @@ def dpo(beta: float = 0.1, label_smoothing: float = 0.0) -> Method:
 def cdpo(beta: float = 0.1, label_smoothing: float = 0.1) -> Method:
     """Conservative DPO: DPO for labels of which a share is wrong.
 
-    `dpo` with label_smoothing e: mean over pairs of -(1 - e) log sigmoid(beta D) - e log sigmoid(-beta D), D = d_chosen -
-    d_rejected. Weight on grad log pi: +-(beta (sigmoid(-beta D) - e)) / N_pairs, 0 where sigmoid(beta D) = 1 - e, and pulling
-    back beyond.
+    Loss: mean over pairs of -(1 - e) log sigmoid(beta D) - e log sigmoid(-beta D), D = d_chosen - d_rejected, d = sum_t log pi(y_t)
+    - log ref(y_t), e = label_smoothing. Weight on grad log pi: +- beta (sigmoid(-beta D) - e) / N_pairs on every token of the
+    answer; 0 where sigmoid(beta D) = 1 - e, and pulling back beyond.
+
+    beta: how much a log-prob may move from the reference, as for `dpo`. label_smoothing: the share of pairs that are taken to be
+    the wrong way round, above 0 and below 0.5; 0.1 is a choice.
     """
     if label_smoothing <= 0:
         raise ValueError(f"label_smoothing: got {label_smoothing}; it must be positive (0 is `dpo`)")
@@ -125,8 +128,10 @@ def ipo(tau: float = 0.1, average: bool = False) -> Method:
 def ipo_mean(tau: float = 0.1) -> Method:
     """IPO with means over tokens in place of sums, as TRL has it.
 
-    `ipo` with average: mean over pairs of (d_chosen - d_rejected - 1 / (2 tau))^2, d = mean_t log pi(y_t) - log ref(y_t). Weight on
-    grad log pi: -+ 2 (d_chosen - d_rejected - 1 / (2 tau)) / (T N_pairs). A tau of `ipo` is of no use here.
+    Loss: mean over pairs of (d_chosen - d_rejected - 1 / (2 tau))^2, d = mean_t log pi(y_t) - log ref(y_t). Weight on grad log pi:
+    -+ 2 (d_chosen - d_rejected - 1 / (2 tau)) / (T N_pairs) on every token of an answer of T tokens.
+
+    tau: the margin is to be 1 / (2 tau); 0.1 as for `ipo`, whose other values are of no use here (TRL calls it `beta`).
     """
     return ipo(tau=tau, average=True)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from crosstrain.methods.grpo import grpo
 from crosstrain.methods.registry import method
 from crosstrain.objective.returns import shaped_by_entropy
+from crosstrain.objective.words import says, words_of
 from crosstrain.types import Batch, Look, Method
 
 ENTROPY = "sampled_entropy"
@@ -41,8 +42,9 @@ def entropy_advantage(
     shaped advantage, without gradient. Weight on grad log pi: gate r A' / N. An uncertain token of a right answer is raised more,
     one of a wrong answer lowered less, and no sign turns. With alpha 0 it would be `grpo` with average "tokens".
 
-    alpha, kappa: the paper's for GRPO (alpha 0.1 for PPO). Its GRPO has DAPO's bounds and token average and no KL. beta:
-    coefficient of a k3 KL term, 0 for none.
+    alpha: how much entropy counts; 0.4 in the paper for GRPO, 0.1 for PPO. kappa: the bound on what entropy adds, as a share 1 /
+    kappa of |A|; the paper's. epsilon, epsilon_high: DAPO's bounds of the clip, as in the paper's GRPO. beta: the coefficient of a
+    k3 KL term, 0 for none, as in the paper.
     """
     if alpha <= 0 or kappa <= 1:
         raise ValueError(f"got alpha={alpha}, kappa={kappa}; alpha must be positive (0 is `grpo`) and kappa above 1")
@@ -59,6 +61,7 @@ def entropy_advantage(
     def entropy(look: Look, batch: Batch) -> Tensor:
         return look(batch).channels["entropy"]
 
+    @says(f"A + min({alpha:g} H, |A| / {kappa:g}), A = {words_of(core.advantage)}")
     def shaped(batch: Batch) -> Tensor:
         return shaped_by_entropy(core.advantage(batch)[:, None], batch.columns[ENTROPY], alpha, kappa)
 

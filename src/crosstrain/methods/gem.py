@@ -24,8 +24,8 @@ def gem(beta: float = 0.7, h: Literal["logsigmoid", "linear"] = "logsigmoid") ->
     Weight: a gradient on logits, not on log pi(y_t) alone; with h "linear" it is softmax(z / beta) - onehot(y_t): beta times
     cross-entropy at temperature beta.
 
-    beta: the temperature of q, 0.7 in the authors' code; near 1 it is plain imitation's gradient. h: the authors' default is
-    "logsigmoid".
+    beta: the temperature of q, 0.7 in the authors' code; near 1 it is plain imitation's gradient. h: the form of w_v, by default
+    the authors'.
     """
     if beta <= 0:
         raise ValueError(f"beta: got {beta}; it must be positive")
@@ -59,7 +59,7 @@ def otr(beta: float = -0.1, temperature: float = 1.3) -> Method:
 
     Weight: on the whole distribution; at temperature 1 it is (1 - beta) p_t on grad log pi(y_t): `dft` times a constant.
 
-    beta: the reward of a wrong token. temperature: at which the token is drawn. Both are unconfirmed.
+    beta: the reward of a wrong token; -0.1 is unconfirmed. temperature: that at which the token is drawn; 1.3 is unconfirmed.
     """
     if temperature <= 0:
         raise ValueError(f"temperature: got {temperature}; it must be positive")

@@ -37,20 +37,22 @@ from crosstrain.types import (
     family="distillation",
     checked="port",
     works="On own completions a small student gets closer to its teacher than on fixed ones (arXiv:2306.13649).",
-    fails="",
     deviates="Whether an example is answered by the student is drawn for each example, in the paper and in TRL for a whole batch.",
 )
 def gkd(beta: float = 0.5, lmbda: float = 0.5, temperature: float = 1.0, seq_kd: bool = False) -> Method:
     """GKD (generalised knowledge distillation): the teacher's next-token distribution as the target, on the student's own answers.
 
-    Loss: D(teacher, pi) over the whole vocabulary at every token of the answers, averaged over all of the step's tokens, with the
-    generalised Jensen-Shannon divergence D = beta KL(q || m) + (1 - beta) KL(pi || m), m = beta q + (1 - beta) pi, q the teacher;
-    beta 0 is the forward KL(q || pi), 1 the reverse KL(pi || q). A gradient on all logits, not on log pi(y_t) alone: with beta 0 it
-    is (pi - q) / N. Answers carry no gradient: whoever wrote them, they are only where the two are compared.
+    Loss: D(q, pi) over the whole vocabulary at every token of the answers, q the teacher, averaged over all of the step's tokens,
+    with the generalised Jensen-Shannon divergence
+        D = beta KL(q || m) + (1 - beta) KL(pi || m),    m = beta q + (1 - beta) pi
+    Answers carry no gradient: whoever wrote them, they are only where the two are compared. Weight on grad log pi: none, as the
+    gradient is on all logits; with beta 0 and temperature 1 it is (pi - q) / N.
 
-    lmbda: the chance that an example is answered by the student, keyed by the example; the others bring their demonstration.
-    seq_kd: instead of demonstrations, the teacher's own answers, sampled as the student's are, so that no row needs one.
-    temperature: divides both models' logits in D, whatever the temperature of sampling (TRL samples at 0.9 and compares at 1).
+    beta: which divergence it is: 0 is the forward KL(q || pi), 1 the reverse KL(pi || q); 0.5 in TRL. lmbda: the chance that an
+    example is answered by the student, keyed by the example; the others bring their demonstration; 0.5 in TRL. seq_kd: True takes,
+    in place of demonstrations, the teacher's own answers, sampled as the student's are, so that no row needs one. temperature:
+    divides both models' logits in D, whatever the temperature of sampling (TRL samples at 0.9 and compares at 1).
+
     Completions need no reward. The recipe names the teacher: `teacher: MODEL`.
     """
     if not 0 <= lmbda <= 1:
@@ -103,10 +105,8 @@ def _own_or_given(lmbda: float, seq_kd: bool) -> Plan:
     paper="arXiv:2306.13649",
     family="distillation",
     year=2025,
-    works="",
-    fails="",
-    deviates="Divided by the step's tokens, where the published recipe adds them up; the student's log-probs are the trainer's, "
-    "not the sampler's.",
+    deviates="The recipe was published as an article, without an arXiv number; the paper given is GKD's. Divided by the step's "
+    "tokens, where the recipe adds them up; the student's log-probs are the trainer's, not the sampler's.",
 )
 def on_policy_distillation(
     num_generations: int = 4,
@@ -116,15 +116,18 @@ def on_policy_distillation(
 ) -> Method:
     """On-policy distillation: the teacher grades every token of the student's own answers.
 
-    The reverse KL(pi || teacher) on own completions, as a reward for each token, with discount 0. Loss (logged): the mean of log pi
-    - log q over all tokens of the step, q the teacher. mode:
-        sampled_token   the value -A r with A = log q - log pi_old (no gradient) and r = pi / pi_old, pi_old = pi with one update:
-                        weight on grad log pi r A / N
-        full_logits     KL(pi || q) over the whole vocabulary at every token, whose gradient is on all logits; the answer's own
-                        probability has none
+    Its aim is the reverse KL(pi || q) on own completions, q the teacher, as a reward for each token with discount 0.
 
-    The published recipe (tinker-cookbook, for the Thinking Machines article of October 2025) is the first, with groups of four
-    answers, which share nothing but their prompt here. Completions need no reward. The recipe names the teacher: `teacher: MODEL`.
+    Loss (logged), averaged over all tokens of the step:
+        sampled_token    log pi - log q of the sampled token
+        full_logits      KL(pi || q) over the whole vocabulary at every token
+    Trained in the first mode is -A r, with A = log q - log pi_old, without gradient, and r = pi / pi_old. Weight on grad log pi: r
+    A / N in mode "sampled_token". In "full_logits" the gradient is on all logits, and the answer's own probability has none.
+
+    num_generations: answers to a prompt, 4 in the published recipe; they share nothing but their prompt. mode: "sampled_token" is
+    the published recipe's (tinker-cookbook, for the Thinking Machines article of October 2025).
+
+    Completions need no reward. The recipe names the teacher: `teacher: MODEL`.
     """
     if mode not in ("sampled_token", "full_logits"):
         raise ValueError(f"mode: got {mode!r}; allowed: sampled_token, full_logits")

@@ -54,18 +54,19 @@ def grpo(
     + beta k3, with A = (R - group mean) / (group std + 1e-6), std with n - 1, and r = pi / pi_old.
     Weight on grad log pi: gate r A / (T_i N) for the policy term, beta (ref / pi - 1) / (T_i N) for the KL term.
 
-    beta: 0 turns the KL off (no reference is kept then). epsilon_high: DAPO's upper bound; equal to epsilon by default.
-    scale_rewards: "none" only centres (Dr. GRPO). average: "sequences" is the paper's; "tokens" divides by all tokens of the
-    step (DAPO); "constant" by sequences times max_completion_length (Dr. GRPO). max_completion_length: that constant.
-    num_iterations, minibatches: inner updates per collected batch; with one, r = 1 and the clip is inert. dynamic_sampling: up
-    to that many draws per step to replace groups whose rewards are all equal (1: keep them, as the paper does). dual_clip: for
-    A < 0 the loss is at most -dual_clip A. off_policy_correction: what the policy term is multiplied with, without gradient,
-    where the sampler's probabilities differ from the trainer's, w = pi_old / pi_sampler: "truncate" min(w, correction_cap)
-    (TIS); "mask" w within [correction_lowest, correction_cap] and 0 outside (IcePop; 0.5 and 5 there); "sequence_mask" the
-    product over a sequence, 0 above the cap (TRL; 3 there). In one process w is 1 but for rounding. correction_cap,
-    correction_lowest: the bounds of that correction; 2 is verl's cap.
+    beta: the coefficient of the KL, 0.04 in the paper; 0 turns it off (no reference is kept then). epsilon_high: DAPO's upper
+    bound; equal to epsilon by default. scale_rewards: "group" divides A by the group's std, "none" only centres (Dr. GRPO).
+    average: what the loss is divided by: "sequences" is the paper's; "tokens" divides by all tokens of the step (DAPO); "constant"
+    by sequences times max_completion_length (Dr. GRPO). max_completion_length: the constant of average "constant".
+    dynamic_sampling: up to that many draws per step to replace groups whose rewards are all equal (1: keep them, as the paper
+    does). dual_clip: for A < 0 the loss is at most -dual_clip A. off_policy_correction: what the policy term is multiplied with,
+    without gradient, where the sampler's probabilities differ from the trainer's, w = pi_old / pi_sampler: "truncate" min(w,
+    correction_cap) (TIS); "mask" w within [correction_lowest, correction_cap] and 0 outside (IcePop; 0.5 and 5 there);
+    "sequence_mask" the product over a sequence, 0 above the cap (TRL; 3 there). In one process w is 1 but for rounding.
+    correction_cap, correction_lowest: the bounds of `off_policy_correction`; 2 is verl's cap.
 
-    TRL's GRPO differs in its defaults: beta 0, DAPO's token average, and a KL term multiplied by r (use_bias_correction_kl).
+    With one update per batch r = 1 and the clip is inert. TRL's GRPO differs in its defaults: beta 0, DAPO's token average, and a
+    KL term multiplied by r (use_bias_correction_kl).
     """
     _check(beta, scale_rewards, average, max_completion_length, dynamic_sampling)
     high = epsilon if epsilon_high is None else epsilon_high

@@ -29,8 +29,9 @@ def gspo(
     Loss (logged): mean over sequences of max(-A s, -A clip(s, 1 - epsilon, 1 + epsilon_high)) with the group-normalised A of
     `grpo` and s = exp(mean_t log(pi / pi_old)). Weight on grad log pi: gate s A / (T_i N), the same for every token.
 
-    epsilon, epsilon_high: the paper's; s moves far less than a token's ratio. minibatches: the paper's four optimizer steps per
-    batch. The paper's token form (GSPO-token) has this gradient as long as A is one number per sequence, which it is here.
+    epsilon, epsilon_high: the bounds of the clip, the paper's; s moves far less than a token's ratio. minibatches: the paper's four
+    optimizer steps per batch. The paper's token form (GSPO-token) has this gradient as long as A is one number per sequence, which
+    it is here.
     """
     term = clipped(
         "rl",
@@ -58,7 +59,8 @@ def gmpo(num_generations: int = 8, epsilon: float = 0.4, num_iterations: int = 1
     Loss: mean over sequences of -A rho, rho = exp(mean_t clip(log(pi / pi_old))), where a log-ratio is cut at +epsilon for A > 0
     and at -epsilon for A < 0. Weight on grad log pi: A rho / (T_i N), 0 for tokens whose log-ratio is cut.
 
-    epsilon: 0.4, bounds of exp(-0.4) to exp(0.4). minibatches: 1,024 rollouts in mini-batches of 128 in the paper.
+    epsilon: the bound of a token's log-ratio, 0.4, so that ratios are in exp(-0.4) to exp(0.4). minibatches: 1,024 rollouts in
+    mini-batches of 128 in the paper.
     """
     term = surrogate(
         "rl",

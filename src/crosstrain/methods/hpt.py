@@ -39,12 +39,8 @@ def hpt(num_generations: int = 8, gate: int = 0, sft_coef: float = 1.0, solved_a
         mean over the group's tokens of -A log pi, A = R - mean R      otherwise (no std, no ratio)
     Weight: sft_coef / (T N_groups) on a demonstration, A / (group tokens * N_groups) on rollouts.
 
-    gate: 0 in the paper for Qwen models, 2 for Llama-3.1-8B (solved rollouts are then dropped too). sft_coef: 1 in the paper,
-    0.3 for Qwen2.5-Math-1.5B.
-
-    Divided per group, so that
-    the share of imitation follows how many groups failed and not how long answers are; the authors' code sums rollouts
-    over a constant length and averages demonstrations over the micro-batch, so that its share follows the micro-batch.
+    gate: solved rollouts up to which a prompt is imitated; 0 in the paper for Qwen models, 2 for Llama-3.1-8B (solved rollouts are
+    then dropped too). sft_coef: how much imitation counts; 1 in the paper, 0.3 for Qwen2.5-Math-1.5B.
     """
     if gate < 0 or gate >= num_generations:
         raise ValueError(f"gate: got {gate}; it must be in [0, num_generations) = [0, {num_generations})")

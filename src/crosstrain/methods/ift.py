@@ -23,23 +23,27 @@ GREEDY = "greedy_tokens"
     family="supervised",
     works="Its authors find it as good as SFT followed by preference optimisation, or better, without any preference pairs "
     "(arXiv:2405.11870).",
-    fails="Where the head shares its weights with the input embeddings, training moves the table that answers are read with away "
-    "from the frozen one; at the authors' learning rate of 5e-7 it hardly moves.",
-    deviates="The frozen table is that of the weights the run started with, also in a later stage; the authors use RMSprop.",
+    deviates="The frozen table is that of the weights the run started with, also in a later stage; the authors use RMSprop. "
+    "Where the head shares its weights with the input embeddings, training moves the table that answers are read with away from "
+    "the frozen one; at the authors' learning rate of 5e-7 it hardly moves.",
 )
 def ift(mix: float = 0.2, gamma: float = 0.95) -> Method:
     """IFT (intuitive fine-tuning): supervised fine-tuning on inputs that lean towards the policy's own words.
 
     The policy reads every demonstration once, without gradient, and its most likely token is taken at each of the demonstration's
     own. The inputs are then (1 - mix) e(demonstration) + mix e(most likely) at these tokens and e(token) at all others, e the
-    embedding table of the weights that the run started with. With l_t = -log pi(y_t) on these inputs and T tokens,
-        loss = mean over demonstrations of sum_t w_t l_t / T,    w_t = T c_t / sum_s c_s,    c_t = sum_{s >= t} gamma^(s - t) l_s
-    so that a token counts for the loss that follows it. The weights carry gradient, as in the authors' code: the loss is
-    sum_t c_t l_t / sum_t c_t, and the weight on grad log pi at token k is
-        [c_k + sum_{t <= k} gamma^(k - t) (l_t - loss)] / (sum_t c_t N).
+    embedding table of the weights that the run started with.
 
-    mix: the authors' lambda; 0 reads the demonstration alone. gamma: 0 weighs every token alike, so that with mix 0 this is `sft`
-    with average "sequences" but for the frozen inputs. The distance s - t counts other people's tokens in between.
+    Loss: with l_t = -log pi(y_t) on these inputs, the mean over demonstrations of
+        L = sum_t c_t l_t / sum_t c_t,    c_t = sum_{s >= t} gamma^(s - t) l_s
+    so that a token counts for the loss that follows it. The weights c carry gradient, as in the authors' code. Weight on grad log
+    pi: with N demonstrations, at token k of one
+        [c_k + sum_{t <= k} gamma^(k - t) (l_t - L)] / (N sum_t c_t)
+
+    mix: the authors' lambda, 0.2; 0 reads the demonstration alone. gamma: how much later losses count, 0.95 in the authors' code; 0
+    weighs every token alike, so that with mix 0 this is `sft` with average "sequences" but for the frozen inputs.
+
+    The distance s - t counts tokens of others that stand in between.
     """
     if not 0 <= mix <= 1 or not 0 <= gamma <= 1:
         raise ValueError(f"got mix={mix}, gamma={gamma}; both must be from 0 to 1")

@@ -21,23 +21,27 @@ POINT = "reference_point"
     paper="arXiv:2402.01306",
     family="preference",
     works="Where there are only thumbs up or down, or far fewer good answers than bad ones: it matches or exceeds DPO from 1B "
-    "to 30B there, without pairs (2402.01306).",
-    fails="Its authors find no one loss of this kind to be best everywhere; which is depends on the setting (2402.01306).",
+    "to 30B there, without pairs (arXiv:2402.01306).",
+    fails="Its authors find no one loss of this kind to be best everywhere; which is depends on the setting (arXiv:2402.01306).",
     deviates="The answers that z0 is measured on are paired with prompts by the order of the example ids, over the whole "
     "step; HALOs and TRL shift by one within a micro-batch, so that z0 depends on how the step was cut.",
 )
 def kto(beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Method:
     """KTO (Kahneman-Tversky optimisation): raise answers called good and lower bad ones, each by itself, against a reference point.
 
-    With d = sum_t log pi(y_t) - log ref(y_t), the mean over answers of
+    The reference point z0 = max(0, mean of d over answers set after the prompt of another row), with d = sum_t log pi(y_t) - log
+    ref(y_t) and without gradient, is an estimate of KL(pi || ref), measured once per step over all its rows.
+
+    Loss, mean over answers:
         good (label true)     desirable_weight (1 - sigmoid(beta (d - z0)))
         bad (label false)     undesirable_weight (1 - sigmoid(beta (z0 - d)))
-    z0 = max(0, mean of d over answers set after the prompt of another row), without gradient: an estimate of KL(pi || ref),
-    measured once per step over all its rows. Weight on grad log pi: +-w beta s (1 - s) / N on every token of an answer, s the
-    sigmoid.
+    Weight on grad log pi: +-w beta s (1 - s) / N on every token of an answer, s the sigmoid, w the weight of its kind and N the
+    answers.
 
-    The reference is the model the stage started from. A step needs at least two different prompts. Settings and defaults are TRL's,
-    whose manual advises weights with desirable_weight n_good / (undesirable_weight n_bad) between 1 and 4/3.
+    beta: how much a log-prob may move from the reference, 0.1 in TRL. desirable_weight, undesirable_weight: how much good and bad
+    answers count, 1 in TRL, whose manual advises desirable_weight n_good / (undesirable_weight n_bad) between 1 and 4/3.
+
+    The reference is the model the stage started from. A step needs at least two different prompts.
     """
     return _unpaired("kto", beta, desirable_weight, undesirable_weight, point=True)
 
@@ -46,16 +50,24 @@ def kto(beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: fl
     paper="arXiv:2408.06266",
     family="preference",
     checked="port",
-    works="Where the good answers are better than what the model says by itself (2408.06266, as TRL documents it).",
-    fails="Without the reference point KTO usually does worse: its authors keep this form to show what the point is for (HALOs, "
-    "2402.01306).",
+    works="Where the good answers are better than what the model says by itself (arXiv:2408.06266, as TRL documents it).",
+    fails="Without the reference point KTO usually does worse: its authors keep this form to show what the point is for "
+    "(HALOs, the code of arXiv:2402.01306).",
 )
 def apo_zero_unpaired(beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Method:
     """APO-zero for single answers: KTO with its reference point at 0.
 
-    Loss: mean over answers of desirable_weight (1 - sigmoid(beta d)) for good and undesirable_weight sigmoid(beta d) for bad ones,
-    d = sum_t log pi(y_t) - log ref(y_t). Weight on grad log pi: +-w beta s (1 - s) / N, s = sigmoid(beta d). It is TRL's
-    `loss_type="apo_zero_unpaired"`, needs no second pass, and no other row of the step.
+    Loss, mean over answers, d = sum_t log pi(y_t) - log ref(y_t):
+        good (label true)     desirable_weight (1 - sigmoid(beta d))
+        bad (label false)     undesirable_weight sigmoid(beta d)
+    Weight on grad log pi: +-w beta s (1 - s) / N on every token of an answer, s = sigmoid(beta d), w the weight of its kind and N
+    the answers.
+
+    beta: how much a log-prob may move from the reference, 0.1 in TRL. desirable_weight, undesirable_weight: how much good and bad
+    answers count, 1 in TRL.
+
+    It is TRL's `loss_type="apo_zero_unpaired"`, and needs no second pass and no other row of the step. The reference is the model
+    the stage started from.
     """
     return _unpaired("apo", beta, desirable_weight, undesirable_weight, point=False)
 
@@ -71,7 +83,7 @@ def _unpaired(name: str, beta: float, desirable_weight: float, undesirable_weigh
         Per(("sequences",)),
         unit="sequence",
         needs=frozenset({"ref_logp", POINT} if point else {"ref_logp"}),
-        describe=f"w (1 - sigmoid(+-{beta:g} (d - {'z0' if point else '0'}))), d = sum of log pi - log ref",
+        describe=f"w (1 - sigmoid(+-{beta:g} {'(d - z0)' if point else 'd'})), d = sum of log pi - log ref",
     )
     return Method(
         terms=(term,),

@@ -50,9 +50,10 @@ def luffy(
         expert tokens   -A p / (p + gamma)   p = pi, the expert's own density taken as 1
     with A = R - group mean, no std and no clip. Weight: r A on own tokens, A gamma p / (p + gamma)^2 on expert tokens.
 
-    num_generations: 7 rollouts beside the demonstration, as in the authors' code. gamma: where shaping is strongest, 0.1 there.
-    baseline: "paper" takes the mean over rollouts and demonstration together; "code" takes it over rollouts only, as the
-    authors' repository does (with all rollouts wrong, the demonstration then has A = 1 and the rollouts 0).
+    num_generations: 7 rollouts beside the demonstration, as in the authors' code. gamma: the probability at which shaping is
+    strongest, 0.1 in the authors' code. baseline: "paper" takes the mean over rollouts and demonstration together; "code" takes it
+    over rollouts only, as the authors' repository does (with all rollouts wrong, the demonstration then has A = 1 and the rollouts
+    0).
     """
     if baseline not in ("paper", "code"):
         raise ValueError(f"baseline: got {baseline!r}; allowed: paper, code")

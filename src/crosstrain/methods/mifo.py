@@ -26,7 +26,7 @@ MOVED = "moved/"
     direction="(SFT ->) RL",
     works="Reported to beat SRFT and ReLIFT with 1.5 % of the demonstrations and 20.4 % of the prompts that these took "
     "(arXiv:2510.04454).",
-    fails="Its reviewers note that forgetting itself was never measured (OpenReview, ICLR 2026).",
+    fails="Forgetting itself is not measured in arXiv:2510.04454, as its reviewers note (OpenReview, ICLR 2026).",
     deviates="Written from descriptions of the paper: the size of the buffer, which prompts are hard, the share of tokens, the "
     "share of parameters and the decay of their history are guesses. Whole parameter tensors are frozen, by how far their entries "
     "moved on average since RL went on after the last imitation; the paper's unit was not established. RL is that of `relift`, so "
@@ -48,11 +48,18 @@ def mifo(
     """MIFO (mitigating forgetting between SFT and RL): `relift` whose imitation is of few tokens and leaves some parameters alone.
 
     Prompts of which at most the share `hardest` of the rollouts is solved (reward > solved_above) are buffered, and their
-    demonstrations imitated once there are buffer_size. Loss of such a step: the mean of -log pi over those entropy_share of the
-    tokens of each demonstration at which the policy is least sure; weight 1 / N of these tokens, 0 on others. In it the
-    freeze_share of the parameters (as tensors) of the greatest importance stand still, importance being how far the parameter moved
-    in the RL steps since the last imitation (root mean square over its entries) plus `history` times its importance before. Loss of
-    other steps: that of `relift`.
+    demonstrations imitated in a step of its own once there are buffer_size. In such a step the freeze_share of the parameters (as
+    tensors) of the greatest importance stand still, importance being how far the parameter moved in the RL steps since the last
+    imitation (root mean square over its entries) plus `history` times its importance before.
+
+    Loss of a step, with r = pi / pi_old and A = R - group mean, no std:
+        rollouts          mean over all tokens of max(-A r, -A clip(r, 1 - epsilon, 1 + epsilon_high)), as in `relift`
+        demonstrations    mean of -log pi over the entropy_share of each one's tokens at which the policy is least sure
+    Weight on grad log pi: gate r A / N in a step of rollouts; in one of demonstrations 1 / N on the N chosen tokens, 0 on others.
+
+    buffer_size: prompts in a step of imitation (a guess, as in `relift`). hardest: the largest share of solved rollouts with which
+    a prompt is buffered (a guess). entropy_share: the share of a demonstration's tokens that is imitated (a guess). freeze_share:
+    the share of parameters that stand still (a guess). history: how much of an importance is left after an imitation (a guess).
     """
     if not 0 <= hardest < 1 or not 0 < entropy_share <= 1 or not 0 <= freeze_share < 1 or not 0 <= history < 1:
         raise ValueError(

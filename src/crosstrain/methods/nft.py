@@ -46,9 +46,9 @@ def nft(
     Weight on grad log pi: w on right answers' tokens, -negative w q R / ((1 - q) max((1 - q R) / (1 - q), floor)) on wrong ones',
     since the floor lets the gradient through. Groups whose rewards are all equal are dropped.
 
-    weight: w = 1 - q ("centred": at R = 1 Dr. GRPO's direction), sqrt((1 - q) / q) ("normalised": GRPO's) or 1. negative: 0 is
-    rejection sampling. constant: what the authors' code divides by, whatever the batch. floor: 1 there, so that a wrong token's
-    gradient does not shrink as R grows.
+    weight: of a group: w = 1 - q ("centred": at R = 1 Dr. GRPO's direction), sqrt((1 - q) / q) ("normalised": GRPO's) or 1.
+    negative: how much wrong answers count; 0 is rejection sampling. constant: what the authors' code divides by, whatever the
+    batch. floor: a lower bound; 1 in the authors' code, so that a wrong token's gradient does not shrink as R grows.
     """
     if weight not in ("centred", "normalised", "none"):
         raise ValueError(f"weight: got {weight!r}; allowed: centred, normalised, none")

@@ -20,7 +20,7 @@ from crosstrain.types import Decode, Group, Method, Plan, Request, Source, State
     family="preference",
     checked="port",
     works="People prefer it to offline DPO, IPO and SLiC and to RLHF, with a language model as judge; what a judge is told "
-    "steers it (2402.04792).",
+    "steers it (arXiv:2402.04792).",
     deviates="The judge is the recipe's reward. TRL keeps pairs of equal rewards, the first answer counting as the better "
     "one; here they are dropped.",
 )
@@ -29,13 +29,20 @@ def online_dpo(
 ) -> Method:
     """Online DPO: sample answers, let the reward say which is better, and prefer that one.
 
-    Of `num_generations` answers to each prompt the best and the worst are a pair; a group whose rewards are all equal has none
-    and is dropped. Loss: mean over pairs of -log sigmoid(beta (d_best - d_worst)), or with loss_type "ipo" of (d_best - d_worst
-    - 1 / (2 beta))^2, d = sum_t log pi(y_t) - log ref(y_t). Weight on grad log pi: DPO's, +- beta sigmoid(-beta (d_best -
-    d_worst)) / N_pairs, or IPO's, -+ 2 (d_best - d_worst - 1 / (2 beta)) / N_pairs.
+    Of `num_generations` answers to each prompt the best and the worst are a pair; a group whose rewards are all equal has none and
+    is dropped.
 
-    The reference is the model the stage started from. dynamic_sampling: up to that many draws per step to replace groups without a
-    pair. The defaults are TRL's, which samples at temperature 0.9 (`sampling.temperature`) and trains at 1; its
+    Loss, mean over pairs, D = d_best - d_worst, d = sum_t log pi(y_t) - log ref(y_t):
+        sigmoid    -log sigmoid(beta D)
+        ipo        (D - 1 / (2 beta))^2
+    Weight on grad log pi: DPO's, +- beta sigmoid(-beta D) / N_pairs, or IPO's, -+ 2 (D - 1 / (2 beta)) / N_pairs, on every token of
+    an answer.
+
+    num_generations: answers to a prompt, 2 in TRL. beta: how much a log-prob may move from the reference, 0.1 in TRL; with "ipo"
+    the margin is to be 1 / (2 beta). loss_type: "sigmoid" (`dpo`, TRL's default) or "ipo" (`ipo`). dynamic_sampling: up to that
+    many draws per step to replace groups without a pair; 1, for none, as in TRL.
+
+    The reference is the model the stage started from. TRL samples at temperature 0.9 (`sampling.temperature`) and trains at 1; its
     missing_eos_penalty is `sampling: {truncated: penalise, truncation_penalty: ...}`.
     """
     if num_generations < 2:
@@ -84,8 +91,8 @@ def _reward(t: Trajectory) -> float:
     paper="arXiv:2401.01335",
     family="preference",
     works="Turns demonstrations alone into further gains after SFT, in the paper more than DPO on a judge's preferences does "
-    "(2401.01335).",
-    fails="It stops where own answers cannot be told from the demonstrations, and can get no better than these (2401.01335).",
+    "(arXiv:2401.01335).",
+    fails="It stops where own answers cannot be told from the demonstrations, and can get no better than these (arXiv:2401.01335).",
     deviates="An iteration is a step, and its moments go on to the next in the same stage; the authors train each iteration "
     "anew. Their optimizer is RMSprop, so that their learning rates (5e-7, then 1e-7) do not carry over.",
 )
@@ -93,14 +100,19 @@ def spin(beta: float = 0.1, epochs: int = 3, minibatches: int = 1) -> Method:
     """SPIN (self-play fine-tuning): prefer the demonstration to what the model itself said before.
 
     A step is an iteration: the model answers every prompt of the step once, and `epochs` times `minibatches` updates follow, in
-    which the demonstration is preferred to that answer. Loss: mean over pairs of -log sigmoid(beta (d_demonstration - d_own)),
-    d = sum_t log pi(y_t) - log opponent(y_t), the opponent and reference being the model at the start of the step. Weight on
-    grad log pi: +- beta sigmoid(-beta (d_demonstration - d_own)) / N_pairs. No reward is needed.
+    which the demonstration is preferred to that answer. No reward is needed.
 
-    In a recipe `batch_size` is the number of prompts of an iteration (all rows, in the paper) and `max_steps` that of
-    iterations. To give an iteration settings of its own, or fresh moments, write a stage for each, with `max_steps: 1`:
-    `stages: [{method: spin, max_steps: 1, ...}, {method: {spin: {beta: 5.0}}, max_steps: 1, ...}]`. minibatches: batch_size
-    over the authors' mini-batch of 64. Their third iteration takes beta 5 and 6 epochs.
+    Loss: mean over pairs of -log sigmoid(beta (d_demonstration - d_own)), d = sum_t log pi(y_t) - log opponent(y_t), the opponent
+    and reference being the model at the start of the step. Weight on grad log pi: +- beta sigmoid(-beta (d_demonstration - d_own))
+    / N_pairs on every token of the answer.
+
+    beta: how much a log-prob may move from the opponent's, 0.1 in the authors' scripts, but 5 in their third iteration. epochs:
+    passes over the pairs of an iteration, 3 in the authors' scripts, later 6. minibatches: optimizer steps per pass, batch_size
+    over 64 with the authors' mini-batch.
+
+    In a recipe `batch_size` is the number of prompts of an iteration (all rows, in the paper) and `max_steps` that of iterations.
+    To give an iteration settings of its own, or fresh moments, write a stage for each, with `max_steps: 1`: `stages: [{method:
+    spin, max_steps: 1, ...}, {method: {spin: {beta: 5.0}}, max_steps: 1, ...}]`.
     """
     if beta <= 0:
         raise ValueError(f"beta: got {beta}; it must be positive")

@@ -12,6 +12,7 @@ from crosstrain.methods.plans import demonstrations
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import ones
 from crosstrain.objective.terms import by, surrogate
+from crosstrain.objective.words import says
 from crosstrain.types import Batch, Method, Per, Scores, Source
 
 
@@ -39,16 +40,20 @@ def pear(
 ) -> Method:
     """PEAR (policy-evaluation-inspired loss reweighting): supervised fine-tuning that prepares for reinforcement learning.
 
-    Loss (logged): -sum_t sg(G_t) log pi(y_t) / N over all supervised tokens. With d_t = log pi(y_t) - log behaviour(y_t), clipped
-    to [log_ratio_low, log_ratio_high], and T tokens in the demonstration,
+    With d_t = log pi(y_t) - log behaviour(y_t), clipped to [log_ratio_low, log_ratio_high], and T tokens in the demonstration, the
+    weight G_t of a token is, by `level`,
         suffix      log G_t = (T - t) log discount + sum of d_j over j > t: how much likelier the rest is under the policy
         sequence    log G_t = sum of all d_j
-    then clipped to [log_weight_low, log_weight_high]. Weight on grad log pi: G_t / N.
+    then clipped to [log_weight_low, log_weight_high], without gradient.
 
-    block_size: tokens that share a weight, that of their last one, for less variance (`suffix` only; 1 in the paper's token
-    form, 4 in some of its runs). behaviour: who wrote the demonstrations. "data": log-probs come with the rows, in a column
-    `behaviour_logp` with one number per token of the completion, its end token among them, as the model that wrote it gives them;
-    "reference": the model that the run started from wrote them. The other numbers are the paper's.
+    Loss (logged): -sum_t sg(G_t) log pi(y_t) / N over all N supervised tokens. Weight on grad log pi: G_t / N.
+
+    level: "suffix", the paper's token form, or "sequence", one weight for all tokens. block_size: tokens that share a weight, that
+    of their last one, for less variance (`suffix` only; 1 in the paper's token form, 4 in some of its runs). discount: the paper's,
+    for "suffix" only. behaviour: who wrote the demonstrations; "data": log-probs come with the rows, in a column `behaviour_logp`
+    with one number per token of the completion, its end token among them, as the model that wrote it gives them; "reference": the
+    model that the run started from wrote them. log_ratio_low, log_ratio_high: the bounds of d_t, the paper's. log_weight_low,
+    log_weight_high: the bounds of log G_t, the paper's.
     """
     if level not in ("suffix", "sequence"):
         raise ValueError(f"level: got {level!r}; allowed: suffix, sequence")
@@ -75,6 +80,7 @@ def pear(
     def published(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
         return -log_weight(scores.logp, batch, on).exp() * scores.logp
 
+    @says("pi / G")
     def denominator(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         return logp.detach() - log_weight(logp, batch, on)
 

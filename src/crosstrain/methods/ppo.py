@@ -9,6 +9,7 @@ from crosstrain.methods.plans import rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.returns import Estimator, gae, kl_penalty, token_rewards, whitened_tokens
 from crosstrain.objective.terms import by, clipped, entropy_bonus, kl
+from crosstrain.objective.words import says
 from crosstrain.types import Batch, Look, Method, Per, Scores, Source, Term, Updates, Value
 
 RETURNS = "returns"
@@ -45,22 +46,28 @@ def ppo(
 ) -> Method:
     """PPO: a clipped ratio, and a learned value that tells each token's credit.
 
+    V(t) is the value of the state before token t, a linear head on the last hidden states. With d_t = r_t + gamma V_old(t+1) -
+    V_old(t), where r_t = -kl_coef KL_t, and on the last own token the reward as well,
+        G_t = sum over k of (gamma lam)^k d_{t+k}    (GAE, arXiv:1506.02438)
+    R = G + V_old is what the head is to predict, and A is G normalised over all own tokens of the step.
+
     Loss (logged), averaged over all own tokens of an update, with r = pi / pi_old:
         max(-A r, -A clip(r, 1 - cliprange, 1 + cliprange))
-        + vf_coef / 2 max((V - R)^2, (clip(V, V_old - cliprange_value, V_old + cliprange_value) - R)^2).
-    Credit: r_t = -kl_coef KL_t, and on the last own token the reward as well; d_t = r_t + gamma V_old(t+1) - V_old(t);
-    G_t = sum over k of (gamma lam)^k d_{t+k} (GAE, arXiv:1506.02438); R = G + V_old, and A = G normalised over all own tokens of
-    the step. Weight on grad log pi: gate r A / N; on grad V: vf_coef (R - V) / N, 0 where V left the clip and the clipped loss is
-    the larger.
+        + vf_coef / 2 max((V - R)^2, (clip(V, V_old - cliprange_value, V_old + cliprange_value) - R)^2)
+    Weight on grad log pi: gate r A / N; on grad V: vf_coef (R - V) / N, 0 where V left the clip and the clipped loss is the larger.
 
-    V(t) is the value of the state before token t, a linear head on the last hidden states. Policy and critic share the language
-    model: vf_coef says how much the critic's loss moves it, and the stage's `value_learning_rate` how fast the head itself learns.
-    Tokens that a tool or a user wrote inside a response are skipped: own tokens around them are neighbours. A response that was cut
-    ends like any other, with a value of 0 after it.
+    kl_coef: the coefficient of the KL to the reference; 0 turns it off. kl_estimator: how KL_t is estimated from d = log pi - log
+    ref: "k1" d, "k2" d^2 / 2, "k3" exp(-d) - 1 + d. kl_in_reward: True takes the KL off the reward; False makes the KL a loss of
+    its own, kl_coef times kl_estimator (k1 has no expected gradient there). cliprange: how far below and above 1 the ratio may be.
+    cliprange_value: how far V may be from V_old; 0 does not clip. vf_coef: how much the critic's loss counts, and so how much it
+    moves the language model that both share. gamma: the discount. lam: GAE's lambda; 1 sums up all that follows, 0 looks one token
+    ahead. whiten_rewards: True divides r_t by its std over the step, its mean kept. entropy_coef: the coefficient of the paper's
+    entropy bonus, 0 for none. dual_clip: for A < 0 the loss is at most -dual_clip A (verl: 3). num_ppo_epochs: passes over what was
+    collected. num_mini_batches: optimizer steps that a pass is cut into, by group.
 
-    Settings and defaults are those of TRL's PPOConfig. kl_in_reward: False makes the KL a loss of its own, kl_coef times
-    kl_estimator (k1 has no expected gradient there). cliprange_value: 0 does not clip. dual_clip: for A < 0 the loss is at most
-    -dual_clip A (verl: 3). entropy_coef: the paper's entropy bonus. num_ppo_epochs, num_mini_batches: inner updates per batch.
+    Names and defaults are those of TRL's PPOConfig. The stage's `value_learning_rate` says how fast the head itself learns. Tokens
+    that a tool or a user wrote inside a response are skipped: own tokens around them are neighbours. A response that was cut ends
+    like any other, with a value of 0 after it.
     """
     _check(kl_coef, kl_estimator, kl_in_reward, cliprange_value, vf_coef, gamma, lam, entropy_coef)
     on, per = by(Source.POLICY), Per(("own_tokens",))
@@ -74,6 +81,10 @@ def ppo(
         old = batch.columns["old_value"]
         estimate = gae(batch, rewards, old, gamma=gamma, lam=lam)
         return (estimate + old.to(estimate)).to(old)
+
+    @says("GAE less its mean, by its standard deviation, both over the own tokens of the step")
+    def credit(batch: Batch) -> Tensor:
+        return whitened_tokens(batch, batch.columns[RETURNS] - batch.columns["old_value"])
 
     terms: list[Term] = [
         clipped(
@@ -102,7 +113,7 @@ def ppo(
     return Method(
         terms=tuple(terms),
         plan=rollouts(num_generations),
-        advantage=lambda batch: whitened_tokens(batch, batch.columns[RETURNS] - batch.columns["old_value"]),
+        advantage=credit,
         credits="step",
         updates=Updates(num_ppo_epochs, num_mini_batches),
         columns={RETURNS: returns},

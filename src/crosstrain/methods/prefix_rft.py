@@ -50,16 +50,17 @@ def prefix_rft(
     Of a group's rollouts one starts from the first share l of the demonstration, l uniform between a bound that falls from
     `longest` to `shortest` along half a cosine over decay_steps steps, and `longest`.
 
-    Loss: PPO's clipped loss, r = pi / pi_old,
-    summed over all tokens and divided by sequences times max_completion_length (Dr. GRPO), with the advantages
+    Loss: PPO's clipped loss, r = pi / pi_old, summed over all tokens and divided by sequences times max_completion_length (Dr.
+    GRPO), with the advantages
         plain rollouts            R - mean R of the plain rollouts
         continuation of a prefix  R, since it is alone in its group
         prefix                    R - mean R of the plain rollouts, on the entropy_share of the step's prefix tokens on which the
                                   policy is least sure, 0 on the others
     Weight on grad log pi: gate r A / (sequences max_completion_length).
 
-    entropy_share: 0.2 in the paper. longest, shortest: shares of the demonstration, 0.95 and 0.05 there. decay_steps: 500
-    there, its whole training. max_completion_length: the constant that sums are divided by; set it to your own token limit.
+    entropy_share: the share of prefix tokens that are trained on, 0.2 in the paper. longest, shortest: bounds of the share of the
+    demonstration that is shown, 0.95 and 0.05 in the paper. decay_steps: steps over which the bound falls; 500 in the paper, its
+    whole training. max_completion_length: the constant that sums are divided by; set it to your own token limit.
     """
     if num_generations < 2:
         raise ValueError(f"num_generations: got {num_generations}; one rollout has a prefix, so it must be at least 2")

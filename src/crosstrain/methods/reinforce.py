@@ -59,7 +59,7 @@ def raft(num_generations: int = 4, threshold: float = 0.0) -> Method:
     Loss: -log pi averaged over the tokens of kept completions (reward > threshold). Weight: 1 / N on kept tokens, 0 elsewhere.
     A group with nothing kept is dropped.
 
-    threshold: above which a reward is accepted.
+    threshold: an answer with a larger reward is kept.
 
     RAFT is arXiv:2304.06767; this per-step form is that of arXiv:2504.11343.
     """

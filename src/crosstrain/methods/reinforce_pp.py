@@ -30,11 +30,12 @@ def reinforce_pp(
 ) -> Method:
     """REINFORCE++: PPO's loss with the return of each token, normalised over the step, as its advantage.
 
-    Loss (logged): max(-A r, -A clip(r, 1 - epsilon, 1 + epsilon)) averaged over all tokens of the step, r = pi / pi_old, and
-    A_t = (G_t - mean) / (std + 1e-8), mean and std over all tokens of the step, with the return
-    G_t = R - kl_coef sum over s >= t of (log pi_old - log ref) of own tokens. Weight on grad log pi: gate r A / N.
+    Loss (logged): max(-A r, -A clip(r, 1 - epsilon, 1 + epsilon)) averaged over all tokens of the step, r = pi / pi_old, and A_t =
+    (G_t - mean) / (std + 1e-8), mean and std over all tokens of the step, with the return G_t = R - kl_coef sum over s >= t of (log
+    pi_old - log ref) of own tokens. Weight on grad log pi: gate r A / N.
 
-    kl_coef: with 0 no reference is kept, and all tokens of a completion share one return, the reward.
+    kl_coef: how much the KL to the reference takes off each token's return; with 0 no reference is kept, and all tokens of a
+    completion share one return, the reward.
     """
     if kl_coef < 0:
         raise ValueError(f"kl_coef: got {kl_coef}; it must be 0 (no KL) or positive")
@@ -42,6 +43,7 @@ def reinforce_pp(
     if kl_coef == 0:
         return made
 
+    @says("G less its mean, by its standard deviation, both over the tokens of the step, with G the return to go")
     def credit(batch: Batch) -> Tensor:
         return whitened_tokens(batch, returns_to_go(batch, token_rewards(batch, penalty=batch.columns[PENALTY])))
 

@@ -49,16 +49,20 @@ def replay(
     """Experience replay (ExGRPO): a remembered success of a partly solved prompt beside new rollouts of it.
 
     Of a step's prompts replay_ratio come from the memory: each of these groups is one remembered rollout and num_generations - 1
-    new ones. Loss, summed over the tokens of both kinds and divided by all of them:
+    new ones. Remembered are the last per_prompt successes (reward > solved_above) of prompts that are solved sometimes, and the
+    share of rollouts that was solved last; of these prompts the `capacity` seen last. Prompts are drawn from the memory by that
+    share: a share by a normal density around target_rate with rate_std, then a prompt of that share.
+
+    Loss, summed over the tokens of both kinds and divided by all of them:
         new rollouts        -A r                  r = pi / pi_old
         replayed rollouts   -A w / (w + gamma)    w = pi / b, b what the token's probability was when it was sampled
-    with A = R - group mean over both kinds, no std and no clip. Weight on grad log pi: r A on new tokens, A gamma w / (w + gamma)^2
-    on replayed ones.
+    with A = R - group mean over both kinds, no std and no clip. Weight on grad log pi: r A / N on new tokens, A gamma w / (w +
+    gamma)^2 / N on replayed ones.
 
-    Remembered are the last per_prompt successes (reward > solved_above) of prompts that are solved sometimes, and the share of
-    rollouts that was solved last; of these prompts the `capacity` seen last. Prompts are drawn from the memory by that share: a
-    share by a normal density around target_rate with rate_std, then a prompt of that share. start_rate: replay begins after the
-    first step in which this share of rollouts is solved. gamma: 0.1 as in LUFFY.
+    replay_ratio: the share of a step's prompts that come from the memory. start_rate: replay begins after the first step in which
+    this share of rollouts is solved. gamma: the constant in w / (w + gamma), 0.1 as in LUFFY. target_rate: the solve rate that is
+    likeliest to be drawn. rate_std: how far from it others are drawn, as a standard deviation. per_prompt: successes that are
+    remembered of a prompt at most. capacity: prompts that are remembered at most.
     """
     if num_generations < 2:
         raise ValueError(f"num_generations: got {num_generations}; one of a group is replayed, so it must be at least 2")

@@ -25,12 +25,14 @@ def reward_model(center_rewards_coefficient: float = 0.0) -> Method:
     """Bradley-Terry reward model: the preferred answer is to have the larger reward.
 
     Loss: mean over pairs of -log sigmoid(r_w - r_l - margin) + center_rewards_coefficient (r_w + r_l)^2, r the value head's output
-    after an answer's last token. It reads no log-prob: every token's weight on grad log pi is 0, and the gradient goes through
-    r, by -+ sigmoid(-(r_w - r_l - margin)) + 2 center_rewards_coefficient (r_w + r_l), over the number of pairs.
+    after an answer's last token, margin the row's column of that name, or 0. Weight on grad log pi: 0, as no log-prob is read; the
+    gradient goes through r, by -+ sigmoid(-(r_w - r_l - margin)) + 2 center_rewards_coefficient (r_w + r_l), over the number of
+    pairs.
 
-    margin: 0, or the row's column of that name. center_rewards_coefficient: keeps rewards near 0 (arXiv:2312.09244; TRL recommends
-    0.01). What such a run leaves is a sequence classifier with one label, which transformers loads, and which a recipe may name
-    under `rewards`; its language model answers nothing any more, so it is not evaluated.
+    center_rewards_coefficient: keeps rewards near 0 (arXiv:2312.09244); off in TRL, which recommends 0.01.
+
+    What such a run leaves is a sequence classifier with one label, which transformers loads, and which a recipe may name under
+    `rewards`; its language model answers nothing any more, so it is not evaluated.
     """
     if center_rewards_coefficient < 0:
         raise ValueError(f"center_rewards_coefficient: got {center_rewards_coefficient}; it must be 0 or positive")
@@ -75,6 +77,6 @@ def read_at_the_end(example: Example, state: State) -> tuple[Trajectory, ...]:
     def ended(t: Trajectory) -> Trajectory:
         source = (Source.PROMPT,) * len(t.tokens) + (Source.EXPERT,)
         label = None if t.reward is None else t.reward * (1.0 + margin)
-        return replace(t, tokens=(*t.tokens, t.tokens[-1]), source=source, reward=label)
+        return replace(t, tokens=(*t.tokens, t.tokens[-1]), source=source, reward=label, behaviour_logp=())
 
     return tuple(map(ended, example.expert))

@@ -32,15 +32,21 @@ def sasr(
 ) -> Method:
     """SASR (step-wise adaptive SFT and RL): a whole step is one of both, drawn by chance.
 
-    Loss of an imitating step: -log pi averaged over the demonstrations' tokens; of any other: `grpo`'s, mean over sequences of the
-    mean over tokens of max(-A r, -A clip(r)) + beta k3. Weight on grad log pi: 1 / N, or [gate r A + beta (ref / pi - 1)] / (T_i
-    N).
     After `warmup_steps` imitating steps, a step imitates with probability
         p = |g| / (|g| + gamma |g_warm|)
-    |g| the norm of the gradient of the last imitating step and |g_warm| that of the last one in warm-up: the further the policy is
-    from its demonstrations, the more it imitates. The random number is keyed by seed and step.
+    |g| is the norm of the gradient of the last imitating step and |g_warm| that of the last one in warm-up: the further the policy
+    is from its demonstrations, the more it imitates. The random number is keyed by seed and step.
 
-    rollouts_from, demonstrations_from: the data streams, one of which a step draws all its examples from. beta: 0 turns the KL off.
+    Loss of a step:
+        imitation    -log pi averaged over the demonstrations' tokens
+        RL           that of `grpo`, mean over sequences of the mean over tokens of max(-A r, -A clip(r)) + beta k3
+    Weight on grad log pi: 1 / N in a step that imitates, else [A + beta (ref / pi - 1)] / (T_i N); a batch is used once, so that r
+    is 1.
+
+    gamma: how much the gradient in warm-up counts; a larger one means less imitation. 1 is a choice. warmup_steps: steps that
+    imitate at first; 20 is a choice. epsilon: the bound of the clip, which never acts here, as r is 1. beta: the coefficient of the
+    KL term, that of `grpo`; 0 turns it off. rollouts_from, demonstrations_from: the data streams, one of which a step draws all its
+    examples from.
     """
     if gamma <= 0 or warmup_steps < 0 or num_generations < 1 or beta < 0:
         raise ValueError(

@@ -60,21 +60,25 @@ def sdft(
     num_iterations: int = 1,
     minibatches: int = 1,
 ) -> Method:
-    """SDFT (self-distillation fine-tuning): own answers to the plain prompt, towards what the same model says of them once it has
-    read the demonstration.
+    """SDFT (self-distillation fine-tuning): own answers, towards what the model says of them with the demonstration before it.
 
     Loss: mean over own completions of the mean over their tokens of w D(q, pi), pi the policy at the plain prompt, q the same model
-    with the demonstration in its prompt, without gradient. D is `generalised_jsd` with beta = distillation_alpha (0 forward KL(q ||
-    pi), 1 reverse KL(pi || q)). w = min(pi / pi_old, distillation_is_clip) of the token, without gradient: 1 with one update per
-    batch. A gradient on all logits, not on log pi(y_t) alone.
+    with the demonstration in its prompt, without gradient. D is `gkd`'s divergence with beta = distillation_alpha, and w = min(pi /
+    pi_old, distillation_is_clip) of the token, without gradient: 1 with one update per batch. Weight on grad log pi: none, as the
+    gradient is on all logits; in mode "sampled_token" -w (log pi - log q) / (T_i N).
 
-    distillation_mode: "full_logits" over the whole vocabulary; "topk_logits" over the policy's distillation_topk most likely tokens
-    (100 when not given), which add up to 1, or with distillation_add_tail beside all others as one; "sampled_token" the answer's
-    own token: sg(log pi - log q) log pi, a weight of -(log pi - log q) / (T_i N), which needs distillation_alpha 1.
-    num_loss_tokens_to_skip: so many first tokens of an answer have no loss. teacher_model_kind: q's weights: "base", those of the
-    stage's start; "live", the policy's own; "ema", an average that starts with the stage's and goes the share teacher_update_rate
-    (0.01 when not given) of the way to the policy's after every optimizer step. teacher_prompt_template: the teacher's last user
-    message, of {prompt}, the student's, and {privileged_context}, the words of the row's demonstration.
+    distillation_alpha: which divergence it is, 0 the forward KL(q || pi), 1 the reverse KL(pi || q), in between `gkd`'s mixture;
+    0.5 in TRL. distillation_mode: "full_logits" over the whole vocabulary; "topk_logits" over the policy's distillation_topk most
+    likely tokens, TRL's default; "sampled_token" at the answer's own token alone: sg(log pi - log q) log pi, which needs
+    distillation_alpha 1. distillation_topk: how many tokens in mode "topk_logits"; None is TRL's 100. distillation_add_tail: in
+    that mode all other tokens count as one more; else the chosen ones are scaled to add up to 1. distillation_is_clip: the bound of
+    w, TRL's. num_loss_tokens_to_skip: so many first tokens of an answer have no loss. teacher_model_kind: whose weights q has:
+    "base", those of the stage's start (TRL's default); "live", the policy's own; "ema", an average that starts with the stage's and
+    follows the policy's. teacher_update_rate: the share of the way to the policy's weights that this average goes after every
+    optimizer step; None is 0.01, as one description has it (TRL: 0.05). teacher_prompt_template: the teacher's last user message,
+    of {prompt}, the student's, and {privileged_context}, the words of the row's demonstration; TRL's.
+
+    Completions need no reward.
     """
     divergence = _divergence(distillation_mode, distillation_alpha, distillation_topk, distillation_add_tail)
     of, rate = _teacher(teacher_model_kind, teacher_update_rate)

@@ -21,7 +21,6 @@ from crosstrain.types import Batch, Method, Per, Scores, Source
     paper="arXiv:2109.01652",
     family="supervised",
     checked="port",
-    direction="SFT",
     works=(
         "A cheap and stable first stage where there are demonstrations and the model cannot yet sample a right answer "
         "(arXiv:2603.13985). With varied prompts and written-out reasoning it matched or beat RL out of distribution on "

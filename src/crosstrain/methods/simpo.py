@@ -26,8 +26,8 @@ def simpo(beta: float = 2.0, gamma: float = 1.0) -> Method:
     Loss: mean over pairs of -log sigmoid(beta (l_chosen - l_rejected) - gamma), l the mean over an answer's tokens of log pi.
     Weight on grad log pi: +- beta sigmoid(gamma - beta (l_chosen - l_rejected)) / (T N_pairs) on the tokens of an answer.
 
-    beta: 2 to 2.5 in the paper, 10 in its authors' later runs. gamma: 0.3 to 0.5 of beta there; it is the margin itself, as in the
-    paper, and not its ratio to beta.
+    beta: the scale of the difference; 2 to 2.5 in the paper, 10 in its authors' later runs. gamma: 0.3 to 0.5 of beta in the paper;
+    it is the margin itself, as in the paper, and not its ratio to beta.
     """
     _positive(beta=beta)
     if gamma < 0:
@@ -55,7 +55,8 @@ def cpo(beta: float = 0.1, nll_coef: float = 1.0) -> Method:
     times the mean over all tokens of chosen answers of -log pi. Weight on grad log pi: +- beta sigmoid(-beta (s_chosen -
     s_rejected)) / N_pairs, and nll_coef / N_chosen_tokens on chosen tokens.
 
-    beta: the scale of the difference, 0.1 in the authors' code. nll_coef: how much imitation of chosen answers counts, 1 there.
+    beta: the scale of the difference, 0.1 in the authors' code. nll_coef: how much imitation of chosen answers counts, 1 in the
+    authors' code.
     """
     _positive(beta=beta)
 
@@ -91,9 +92,9 @@ def orpo(beta: float = 0.1, prompt_nll: bool = False) -> Method:
     of log pi and odds = e^l / (1 - e^l). Weight on grad log pi, chosen: (1 + beta s / (1 - e^l)) / (T N_pairs); rejected:
     -beta s / ((1 - e^l) T N_pairs), with s = sigmoid(-log odds ratio).
 
-    beta: the paper's lambda (TRL's name). prompt_nll: the likelihood is that of the prompt and the chosen answer, with T the
-    tokens of both, as in TRL and in the authors' code unless it is told `--disable_prompt_loss`; the odds are those of the
-    answers either way.
+    beta: how much the odds count, the paper's lambda (TRL's name). prompt_nll: True: the likelihood is that of the prompt and the
+    chosen answer, with T the tokens of both, as in TRL and in the authors' code unless it is told `--disable_prompt_loss`; the odds
+    are those of the answers either way.
     """
     _positive(beta=beta)
     compared = answers if prompt_nll else by(Source.EXPERT)

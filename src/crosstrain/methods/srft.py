@@ -42,7 +42,7 @@ def srft(num_generations: int = 8, sft_coef: float = 0.5, positive_coef: float =
     Weight on grad log pi: sft_coef exp(-H) / N + A p / N on the demonstration, positive_coef exp(H) / N_right on right answers,
     -1 / N_wrong on wrong ones.
 
-    sft_coef: how much imitation counts, 0.5 in the paper. positive_coef: how much right answers count, 0.1 there.
+    sft_coef: how much imitation counts, 0.5 in the paper. positive_coef: how much right answers count, 0.1 in the paper.
 
     From the paper's text: it does not say whether H is a token's or a sequence's, nor what parts are divided by; a
     re-implementation by others takes a sequence's mean, no standard deviation and p / (p + 0.1) in place of p. A right answer has

@@ -46,12 +46,17 @@ def srl(
 
     Rollouts start from the first k steps of the row's demonstration, k drawn uniformly. What follows `think_end` in a rollout's
     text is its step, and its reward the similarity of that to the expert's next step, 2 M / T with M the characters in matching
-    blocks (difflib's ratio) and T those of both texts; format_reward where think_end is missing. Loss and weights: those of `grpo`
-    over what the rollouts wrote, their reasoning too, on groups whose rewards have a std (n - 1) above min_reward_std; others are
-    replaced by up to dynamic_sampling draws.
+    blocks (difflib's ratio) and T those of both texts. Groups whose rewards have a std (n - 1) of at most min_reward_std are
+    replaced.
 
-    steps: parts of about one length that a demonstration is cut into. step_end: the id of a token that ends a step instead (a line
-    break, in many vocabularies); steps is then 0. think_end: empty where the policy writes the step at once.
+    Loss: that of `grpo`, max(-A r, -A clip(r)), over what the rollouts wrote, their reasoning too. Weight on grad log pi: that of
+    `grpo`, gate r A / (T_i N); 0 on the expert's steps.
+
+    steps: parts of about one length that a demonstration is cut into; 5 is a choice. step_end: the id of a token that ends a step
+    instead (a line break, in many vocabularies); steps is then 0. think_end: the text that ends the reasoning; empty where the
+    policy writes the step at once. format_reward: the reward where think_end is missing, -1 by descriptions of the paper.
+    min_reward_std: the spread of rewards above which a group is trained on (a guess). dynamic_sampling: draws per step at most, to
+    replace groups; 10 is a choice. beta: the coefficient of `grpo`'s KL term; 0, for none, is a choice.
     """
     if (step_end is None) == (steps == 0) or steps < 0:
         raise ValueError(f"got steps={steps}, step_end={step_end}; give a positive number of steps, or steps=0 and step_end")

@@ -28,10 +28,13 @@ KEPT = "kept"
 def token_cleaning(share: float = 0.6, scope: Literal["step", "sequence"] = "step") -> Method:
     """Token cleaning, self-evolving: only demonstration tokens that training has made likelier are trained on.
 
-    Loss: -sum over kept tokens of log pi / their number. Weight on grad log pi: 1 / N_kept on kept tokens, else 0. A token's score
-    is its loss under the base model less its loss under the current policy, log pi - log base, before the step's updates; kept are
-    the `share` with the highest scores, of all supervised tokens of the step, or of each demonstration with scope "sequence" (the
-    authors' "global" and "sample"), and what equals the lowest score among these.
+    A token's score is its loss under the base model less its loss under the current policy, log pi - log base, before the step's
+    updates. Kept are the `share` of tokens with the highest scores, and what equals the lowest score among these.
+
+    Loss: -log pi averaged over the kept tokens. Weight on grad log pi: 1 / N_kept on kept tokens, 0 on others.
+
+    share: the share of the tokens that is kept. scope: of which tokens it is taken: of all supervised tokens of the step ("step"),
+    or of each demonstration's ("sequence"); the authors' "global" and "sample".
 
     The base is the model that the run started from: a stage of `sft` on a part of the data comes first, as the authors' warm-up.
     Without one all scores are equal at first, and the first step is that of `sft`.

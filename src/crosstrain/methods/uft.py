@@ -52,8 +52,9 @@ def uft(
     tokens, plus beta k3 to the reference over own tokens. Weight on grad log pi: gate r A / N_own on own tokens, hint_coef /
     N_hint on hints.
 
-    hint_steps: 300 of 500 in the paper. highest, lowest: the probability at first and in the end, 0.95 and 0.05 there.
-    hint_coef: how much imitation of hints counts, 0.001 in the authors' script. beta: that of the KL, the same there.
+    hint_steps: the steps that have hints, 300 of 500 in the paper. highest, lowest: the probability at first and in the end, 0.95
+    and 0.05 in the paper. hint_coef: how much imitation of hints counts, 0.001 in the authors' script. beta: how much the KL
+    counts, 0.001 in the authors' script.
 
     A demonstration's last token, which ends the answer, is never part of a hint. The authors
     cut demonstrations between steps of a solution, here they are cut between tokens. A hint's tokens count once for each rollout.

@@ -28,8 +28,8 @@ def psft(epsilon: float = 0.2, epsilon_high: float = 0.28, num_iterations: int =
     Loss (logged): -sum_t min(r, clip(r, 1 - epsilon, 1 + epsilon_high)) / N over all supervised tokens, r = pi / pi_old, pi_old the
     policy at the start of the batch. Weight on grad log pi: r / N where r <= 1 + epsilon_high, else 0; the lower bound never acts.
 
-    epsilon: never acts. epsilon_high: the upper bound of the clip, 0.28 in the authors' code. minibatches: the paper's 64
-    examples in eight optimizer steps. With one, r = 1 and this is `sft`.
+    epsilon: the lower bound of the clip, which never acts, as A is 1. epsilon_high: the upper bound of the clip, 0.28 in the
+    authors' code. minibatches: the paper's 64 examples in eight optimizer steps. With one, r = 1 and this is `sft`.
     """
     term = clipped(
         "demo",
@@ -61,8 +61,8 @@ def iw_sft(
         token       w = exp(temperature d) of each token, within [0.2, 1.8] (a variant in the authors' code)
     the first two at most `highest`. Weight on grad log pi: w / N.
 
-    weight: the first is the paper's. temperature: 1 as the authors launch it; 2 is their code's default. highest: 16 in the
-    authors' code.
+    weight: which of these w; "sequence" is the paper's. temperature: the factor in the exponent; 1 as the authors launch it; 2 is
+    their code's default. highest: the largest w; 16 in the authors' code.
 
     The reference is the model that the
     stage started from, so that the first step is `sft`.

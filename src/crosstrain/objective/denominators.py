@@ -76,6 +76,7 @@ def shaped_behaviour(gamma: float = 0.1) -> Denominator:
     if gamma <= 0:
         raise ValueError(f"shaped_behaviour: got gamma={gamma}; it must be positive")
 
+    @says(f"b (w + {gamma:g})^2 / {gamma:g}, w = pi / b, b the behaviour policy")
     def log_den(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         behaviour = batch.columns["behaviour_logp"].to(logp.dtype)
         return behaviour + 2 * torch.log(torch.exp(logp.detach() - behaviour) + gamma) - math.log(gamma)

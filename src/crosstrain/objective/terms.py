@@ -266,7 +266,9 @@ def pairwise_logistic(name: str, *, beta: float, label_smoothing: float = 0.0, o
         margin = beta * (chosen - rejected)
         return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
-    describe = f"-log sigmoid({beta:g} (d_chosen - d_rejected)), d = sum of log pi - log ref"
+    smoothed = f"-{1 - label_smoothing:g} log sigmoid({beta:g} D) - {label_smoothing:g} log sigmoid(-{beta:g} D)"
+    formula = smoothed if label_smoothing else f"-log sigmoid({beta:g} D)"
+    describe = f"{formula}, D = d_chosen - d_rejected, d = sum of log pi - log ref"
     return pairwise(name, loss, on=on, coef=coef, describe=describe)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from crosstrain.config import EvaluationSpec, Recipe, StudySpec
 from crosstrain.errors import UserError
+from crosstrain.in_turn import in_turn
 from crosstrain.training.display import about
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class StudyPlan:
         lines.append(f"budget of each run: {self.budget}")
         width = max(len(name) for name in self.arms)
         for name, arm in self.arms.items():
-            steps = ", then ".join(f"about {stage.steps} steps of {stage.method}" for stage in arm.stages)
+            steps = in_turn([f"about {stage.steps} steps of {stage.method}" for stage in arm.stages], ", then ")
             lines.append(f"    {name:<{width}}  {steps}; {about(arm.predicted.seconds)}")
         if self.trials:
             share = "the same budget" if self.trial_share == 1 else f"{self.trial_share:.0%} of that budget"

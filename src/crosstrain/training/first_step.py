@@ -13,17 +13,8 @@ from crosstrain.training.beside import beside_cost, sampling_cost
 from crosstrain.training.collect import Collected
 from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine
-from crosstrain.training.loop import (
-    Progress,
-    backward,
-    denominators,
-    draw,
-    make_batch,
-    micro_batches,
-    minibatches,
-    passes,
-    used_demonstrations,
-)
+from crosstrain.training.gradient import backward, denominators, micro_batches
+from crosstrain.training.loop import Progress, draw, make_batch, minibatches, passes, used_demonstrations
 from crosstrain.training.metrics import Meter
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.probe import optimizer_seconds
