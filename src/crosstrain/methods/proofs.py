@@ -579,7 +579,7 @@ PROVED = {
         "b": "test_second_implementations.py::test_srft",
         "c": "test_hybrid_family.py::test_srfts_second_implementation",
         "d": CONTRACT,
-        "e": "test_limits.py::test_srft_without_entropy_and_difference_is_half_of_sft_and_reinforce",
+        "e": "test_limits.py::test_srft_without_entropy_and_difference_is_half_of_sft_and_a_tenth_of_raft",
         "f": NO_PACKAGE,
         "g": "test_learning.py::test_other_hybrids_learn_what_sampling_alone_does_not_find",
     },
