@@ -161,7 +161,7 @@ def test_where_all_failed_it_is_sft_by_sequences(name: str) -> None:
     assert_same(method, sft, found.batch, found.logp)
 
 
-def test_srft_without_entropy_and_difference_is_half_of_sft_and_reinforce() -> None:
+def test_srft_without_entropy_and_difference_is_half_of_sft_and_a_tenth_of_raft() -> None:
     """Rewards all 1: no group advantage; entropies 0: half on the demonstration, a tenth on own answers, each over its tokens."""
     groups = [group(answer("E" * n, 1.0), answer("O" * n, 1.0), answer("O", 1.0), name=str(n)) for n in (1, 3)]
     batch = prepared(load_method("srft"), groups)
