@@ -120,6 +120,25 @@ def test_a_run_trains_and_ends_the_same_when_it_was_stopped(world: Path, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_follows_a_critic(world: Path, tmp_path: Path, name: str) -> None:
+    """A stage finds what another has left: a value head among the weights, moments and marks, streams further on."""
+    one, other = recipe(world, "ppo"), recipe(world, name, precision="fp32", device="cpu")
+    keys = ("method", "batch_size", "learning_rate")
+    stages = [{**{key: r[key] for key in keys}, "max_steps": n} for r, n in ((one, 1), (other, 2), (one, 1))]
+    rest = {key: value for key, value in other.items() if key not in (*keys, "max_steps")}
+    both = {**rest, "rewards": one["rewards"], "data": {**one["data"], **other["data"]}, "stages": stages}
+    if METHODS[name].factory().plan.brings("train") in ("pair", "label"):
+        both["data"] = {"prompts": one["data"]["train"], **other["data"]}
+        stages[0]["data"] = stages[2]["data"] = "prompts"
+    whole = crosstrain.train(both, tmp_path / "whole", save_weights=False)
+    with pytest.raises(Stopped):
+        crosstrain.train(both, tmp_path / "stopped", save_weights=False, display=stopping_at(3))
+    stopped = crosstrain.train(both, tmp_path / "stopped", save_weights=False)
+    assert repr(without_timings(stopped.folder)) == repr(without_timings(whole.folder))
+
+
+@pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.parametrize("name", METHODS)
 def test_a_real_model_takes_two_steps(world: Path, tmp_path: Path, name: str) -> None:

@@ -185,7 +185,7 @@ def test_what_weights_do_not_show_is_a_share_of_the_gradient() -> None:
     found = explain_step(engine_of(method, model), method, Optimizer(model, "fp32"), decode, 2)
     assert found["unseen"]["terms"] == ["smooth"] and 0 < found["unseen"]["share_of_norms"] < 1
     assert [t["through"] for t in found["terms"]] == [["logp"], ["uniform_nll"]]
-    assert found["terms"][0]["share"] == 1.0 and "% of the gradient acts on whole" in sentence(found)
+    assert found["terms"][0]["share"] == 1.0 and "% of the gradient acts on the whole" in sentence(found)
 
 
 def test_several_optimizer_steps_are_each_divided_by_their_own_counts() -> None:

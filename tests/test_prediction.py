@@ -150,7 +150,7 @@ def test_a_stage_ends_with_the_step_that_uses_up_its_budget(
 ) -> None:
     """A step of 10 FLOPs that generates nothing."""
     parsed = parse(Recipe, recipe(world, "sft", stage={"max_steps": max_steps}, budget={"unit": unit, "amount": amount}))
-    assert expected_steps(parsed, parsed.stages[0], Cost(flops=10.0)) == steps
+    assert expected_steps(parsed, parsed.stages[0], Cost(flops=10.0), Cost()) == steps
 
 
 def test_a_gate_that_used_no_demonstration_at_first_is_planned_as_if_it_would(world: Path) -> None:
@@ -176,7 +176,7 @@ def test_stages_add_up_and_the_highest_memory_counts() -> None:
         prediction.StagePlan("sft", 2, Cost(flops=5.0, seconds=60.0), 1.5, ()),
         prediction.StagePlan("grpo", 3, Cost(flops=7.0, seconds=120.0), 2.0, ()),
     ]
-    found = prediction.predict(stages)
+    found = prediction.predict(stages, Cost())
     assert asdict(found) == {"seconds": 180.0, "peak_memory_gb": 2.0, "flops": 12.0, "steps": 5}
     assert str(found) == "5 steps, 12 FLOPs, about 3 min, peak memory 2.0 GB"
     assert str(Prediction(1.0, 0.5, 4.9e12, 1)) == "1 step, 4.9e+12 FLOPs, under a minute, peak memory 0.5 GB"

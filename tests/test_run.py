@@ -376,7 +376,7 @@ def test_settings_that_no_stage_uses_are_warnings(world: Path, tmp_path: Path) -
     wasteful = recipe(world, "sft", data={"train": rows, "more": rows}, sampling=sampling)
     expected = [
         "data.more: no stage draws from it",
-        "rewards: no stage learns from rewards, so nothing is scored with them",
+        "rewards: no stage has completions for them, so nothing is scored with them",
         "sampling.temperature: no stage samples completions",
         "sampling.max_completion_length: no stage samples completions",
     ]

@@ -56,7 +56,7 @@ SRL = {"srl": {"num_generations": 3, "steps": 3, "think_end": ""}}
 def test_srl_needs_no_verifier_and_says_so_where_one_is_given(world: Path, tmp_path: Path) -> None:
     result = crosstrain.train(recipe(world, SRL, reward=None), tmp_path / "run")
     assert all(0 < line["reward"] <= 1 for line in lines(result.folder))
-    unread = "rewards: every method that samples scores completions by itself"
+    unread = "rewards: no stage has completions for them, so nothing is scored with them"
     assert run.plan(run.as_recipe(recipe(world, SRL))).warnings == (unread,)
     assert run.plan(run.as_recipe(recipe(world, SRL, reward=None))).warnings == ()
     with pytest.raises(UserError, match="nothing scores them"):

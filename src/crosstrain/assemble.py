@@ -31,6 +31,7 @@ from crosstrain.training.loop import StageSettings
 from crosstrain.training.optimizer import Precision
 from crosstrain.training.score import choose_layout
 from crosstrain.types import Group, Method
+from crosstrain.value_head import make_value_head, named
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,10 @@ def load_frozen_base(recipe: Recipe, device: torch.device) -> Any | None:
 
 
 def base_weights(recipe: Recipe, device: torch.device, names: Collection[str]) -> dict[str, torch.Tensor]:
-    """The parameters of that name of the recipe's model, before any training."""
-    return {n: p.detach() for n, p in load_base_weights(recipe, device).named_parameters() if n in names}
+    """The parameters of that name of the recipe's model and of a value head, before any training."""
+    model = load_base_weights(recipe, device)
+    head = named(make_value_head(model))
+    return {n: p.detach() for n, p in (*model.named_parameters(), *head.items()) if n in names}
 
 
 def load_teacher(
@@ -141,7 +144,8 @@ def load_streams(recipe: Recipe, tokenizer: Any, model: Any, methods: Sequence[M
     not yet trained, makes of them) and ordered as the recipe says. UserError for a row that cannot be used, with file:row, and for
     two methods whose contexts of one name differ."""
     found = {
-        name: load_stream(name, spec, recipe, tokenizer, model, _contexts(name, methods)) for name, spec in recipe.data.items()
+        name: load_stream(name, spec, recipe, tokenizer, model, contexts_of(name, methods))
+        for name, spec in recipe.data.items()
     }
     return Loaded(
         streams={name: one.stream for name, one in found.items()},
@@ -158,7 +162,7 @@ def origins(method: Method) -> list[str]:
     return [method.plan.origin(name) for name in method.plan.streams(method.init())]
 
 
-def _contexts(stream: str, methods: Sequence[Method]) -> dict[str, str]:
+def contexts_of(stream: str, methods: Sequence[Method]) -> dict[str, str]:
     """What the methods that draw from a stream want its prompts to be written as, by name."""
     found: dict[str, str] = {}
     for method in methods:

@@ -60,11 +60,11 @@ def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
         found += [f"rewards.{name}: reward models are asked in this process, under no time limit" for name in idle]
     if recipe.teacher is not None and not any(method.reads("teacher") for method in methods):
         found.append("teacher: no stage learns from it")
-    if recipe.rewards is not None and not any(m.plan.asks_for_rewards for m in methods):
-        found.append("rewards: no stage learns from rewards, so nothing is scored with them")
+    if recipe.rewards is not None and not any(m.plan.samples and m.plan.reward is None for m in methods):
+        found.append("rewards: no stage has completions for them, so nothing is scored with them")
     if any(method.plan.samples for method in methods):
         if recipe.sampling.truncated == "penalise" and not any(m.plan.samples and m.plan.scored for m in methods):
-            found.append("sampling.truncated: no stage learns from rewards, so nothing is penalised")
+            found.append("sampling.truncated: no stage learns from rewards, so a penalty is recorded and teaches nothing")
         return found
     spec = recipe.evaluation
     asks = bool(spec.in_distribution or spec.out_of_distribution or spec.eval_steps)
@@ -78,7 +78,7 @@ def short_iterations(recipe: Recipe, methods: Sequence[Method], loaded: Loaded) 
     """A warning for each stage whose steps start from the base model and see a part of the data only."""
     found = []
     for i, (stage, method) in enumerate(zip(recipe.stages, methods, strict=True)):
-        rows = sum(loaded.rows[name] for name in origins(method))
+        rows = sum(loaded.rows[name] for name in set(origins(method)))
         if method.start_from == "base" and stage.batch_size < rows:
             found.append(
                 f"stage {i}: every step of {method.name} starts from the base model, and only its answers come from the steps "
@@ -91,11 +91,18 @@ def check_reference(recipe: Recipe, method: Method, stage: int) -> None:
     """Before step 1: the reference that a stage compares with can be kept, and computed beforehand where that is asked for."""
     whole = any(c.of == "reference" for c in method.comparisons.values())
     moving = method.reads("reference") and method.reference == "previous"
+    if whole and moving:
+        raise UserError(
+            f"stage {stage}: {method.name} compares with the whole distribution of a reference that moves with every step, which "
+            "is not kept; let it compare with `current` weights, or with another reference"
+        )
+    others = bool(method.columns) and method.reads("reference")  # which may ask about rows that nobody brought
     if recipe.stages[stage].precompute_ref_log_probs and (
-        method.plan.samples or whole or moving or "ref_logp" not in method.needs
+        method.plan.samples or whole or moving or others or "ref_logp" not in method.needs
     ):
         why = "compares with a reference that moves with every step" if moving else "compares with no reference"
         why = "compares with the reference's whole distribution" if whole else why
+        why = "may ask the reference about other rows than those of the data" if others and not (whole or moving) else why
         why = "trains on completions that do not exist yet" if method.plan.samples else why
         raise UserError(f"stage {stage}: precompute_ref_log_probs is true, but {method.name} {why}; leave it out")
     again = stage > 0 or recipe.stages[stage].repeat_until_budget
@@ -103,7 +110,7 @@ def check_reference(recipe: Recipe, method: Method, stage: int) -> None:
     if later and recipe.model.lora is not None:
         raise UserError(
             f"stage {stage}: a reference at the stage's start is not kept for LoRA runs; train the stages as separate runs, or "
-            "without LoRA, or set the method's KL to 0"
+            "without LoRA, or with a method (or a KL of 0) that compares with none"
         )
 
 
@@ -118,7 +125,7 @@ def check_values(recipe: Recipe, methods: Sequence[Method], model: Any) -> None:
         return
     check_classifier(model)
     spec = recipe.evaluation
-    asked = [name for name in ("in_distribution", "out_of_distribution", "dev") if getattr(spec, name)]
+    asked = [name for name in ("in_distribution", "out_of_distribution", "dev", "dev_ood") if getattr(spec, name)]
     if asked:
         raise UserError(f"evaluation.{asked[0]}: the run ends in a reward model, which answers no questions; leave it out")
 

@@ -38,9 +38,10 @@ def check_recipe(file: Path, given: Sequence[str] = (), console: Console | None 
     model = None
     if any(map(needs_model, recipe.data.values())):
         model, _ = assemble.load_base(recipe, resolve_device(recipe.device))
+    methods = [assemble.stage_method(stage) for stage in recipe.stages]
     for name, data in recipe.data.items():
         try:
-            loaded = load_stream(name, data, recipe, tokenizer, model)
+            loaded = load_stream(name, data, recipe, tokenizer, model, assemble.contexts_of(name, methods))
         except BadRows as error:
             print_problems(error, console)
             raise

@@ -23,7 +23,7 @@ from crosstrain.explain_step import explain_step
 from crosstrain.explain_text import notes, sentence, show
 from crosstrain.methods import load_method
 from crosstrain.models import load_weights
-from crosstrain.prepare import Prepared, base_engine, prepare
+from crosstrain.prepare import Prepared, base_engine, keeps_reference, prepare
 from crosstrain.training.engine import Engine
 from crosstrain.training.score import choose_layout
 from crosstrain.types import Method
@@ -85,7 +85,9 @@ def looked_at(asked: Asked) -> dict[str, Any]:
         if asked.reference is not None:
             model = _frozen("--reference", asked.reference, recipe, ready)
             engine = replace(engine, reference=lambda: contextlib.nullcontext(model))
-        old = _sampling_from(asked.old, recipe, ready, rewards) if asked.old is not None else None
+        old = None
+        if asked.old is not None:  # sampled by other weights, and compared with the same ones
+            old = replace(_sampling_from(asked.old, recipe, ready, rewards), reference=engine.reference)
 
         def decode(tokens: Sequence[int]) -> str:
             return str(ready.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
@@ -118,10 +120,12 @@ def _check(asked: Asked, method: Method) -> None:
             f"method {method.name} samples completions, and nothing scores them; add --reward NAME (built in or file.py:function), "
             "or take the rows from a task with --task NAME"
         )
+    if method.reads("teacher") and asked.teacher is None:
+        raise UserError(f"method {method.name} learns from a teacher; name one with --teacher MODEL")
     useless = {
         "--reward": bool(asked.rewards) and not method.plan.asks_for_rewards,
         "--max-completion-length": asked.max_completion_length is not None and not samples,
-        "--reference": asked.reference is not None and not method.reads("reference"),
+        "--reference": asked.reference is not None and not keeps_reference(method),
         "--teacher": asked.teacher is not None and not method.reads("teacher"),
         "--old": asked.old is not None and "old_logp" not in method.needs and not samples,
     }

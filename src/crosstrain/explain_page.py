@@ -64,7 +64,8 @@ def _terms(found: Found) -> str:
 
 
 def _acts(term: Mapping[str, Any]) -> str:
-    return ", ".join("log-probs" if c == "logp" else "the whole distribution" for c in term["through"]) or "nothing"
+    known = {"logp": "log-probs", "value": "values"}
+    return ", ".join(known.get(c, "the whole distribution") for c in term["through"]) or "nothing"
 
 
 def _bar(share: float) -> str:

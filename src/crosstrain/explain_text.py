@@ -49,7 +49,7 @@ def sentence(found: Found) -> str:
 def _nothing(found: Found) -> str:
     if found["unseen"]:
         tokens = max(t["tokens"] for t in found["terms"] if t["name"] in found["unseen"]["terms"])
-        return f"changes the whole next-token distribution at {tokens} tokens, which a weight per token does not show"
+        return f"changes {_channels(found)} at {tokens} tokens, which a weight per token does not show"
     if not any(g["selected"] for g in found["groups"]):
         return "teaches nothing: the method leaves out every group"
     rewards = [{t["reward"] for t in g["trajectories"] if t["reward"] is not None} for g in found["groups"]]
@@ -62,7 +62,14 @@ def _not_shown(found: Found) -> str:
     unseen = found["unseen"]
     if not unseen:
         return ""
-    return f"; {unseen['share_of_norms']:.0%} of the gradient acts on whole next-token distributions, which weights do not show"
+    return f"; {unseen['share_of_norms']:.0%} of the gradient acts on {_channels(found)}, which weights do not show"
+
+
+def _channels(found: Found) -> str:
+    """What terms act on beside log-probs."""
+    channels = {c for t in found["terms"] for c in t["through"]} - {"logp"}
+    names = ["the value head's output"] * ("value" in channels)
+    return " and ".join([*names, *(["the whole next-token distribution"] if channels - {"value"} else [])])
 
 
 def _parts(found: Found) -> Iterator[tuple[str, float, float]]:
@@ -116,7 +123,7 @@ def notes(found: Found, *, old_given: bool) -> list[str]:
         names = ", ".join(unseen["terms"])
         part = " in part" if unseen["mixed"] else ""
         said.append(
-            f"The term {names} acts{part} on the whole next-token distribution, which a weight per token cannot show: "
+            f"The term {names} acts{part} on {_channels(found)}, which a weight per token cannot show: "
             f"{unseen['share_of_norms']:.0%} of the terms' gradient norms."
         )
     return said
@@ -152,7 +159,8 @@ def show(found: Found, out: Console) -> None:
 
 
 def _acts(term: Mapping[str, Any]) -> str:
-    names = ["log-probs" if c == "logp" else f"whole distribution ({c})" for c in term["through"]]
+    known = {"logp": "log-probs", "value": "values"}
+    names = [known.get(c, f"whole distribution ({c})") for c in term["through"]]
     return ", ".join(names) or "nothing"
 
 

@@ -79,5 +79,5 @@ def plan(recipe: Recipe) -> RunPlan:
             *checks.short_iterations(recipe, ready.methods, ready.loaded),
         ),
         stages=stages,
-        predicted=predict(stages),
+        predicted=predict(stages, ready.data_cost),
     )

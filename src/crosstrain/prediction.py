@@ -54,12 +54,12 @@ class Prediction:
         return f"{steps}, {self.flops:.2g} FLOPs, {about(self.seconds)}, peak memory {self.peak_memory_gb:.1f} GB"
 
 
-def predict(stages: Sequence[StagePlan]) -> Prediction:
-    """What all stages take together."""
+def predict(stages: Sequence[StagePlan], data: Cost) -> Prediction:
+    """What all stages take together, and what choosing and ordering rows took before them."""
     return Prediction(
         seconds=sum(stage.cost.seconds for stage in stages),
         peak_memory_gb=round(max(stage.memory_gb for stage in stages), 3),
-        flops=sum(stage.cost.flops for stage in stages),
+        flops=sum(stage.cost.flops for stage in stages) + data.flops,
         steps=sum(stage.steps for stage in stages),
     )
 
@@ -82,9 +82,11 @@ def plan_stages(recipe: Recipe, ready: Prepared, engine: Engine) -> tuple[StageP
         again = i > 0 or stage.repeat_until_budget
         if again and method.reads("reference") and method.reference == "stage_start":  # a second reference, beside the base
             memory += sum(p.numel() * p.element_size() for p in ready.model.parameters()) / 2**30
+        if method.start_from == "base":  # which is loaded anew for every step
+            memory += sum(4 * p.numel() for p in ready.model.parameters()) / 2**30
         if method.average is not None:  # at full precision, and a model that computes with it
             memory += sum(p.numel() * (4 * p.requires_grad + p.element_size()) for p in ready.model.parameters()) / 2**30
-        steps = expected_steps(recipe, stage, cost)
+        steps = expected_steps(recipe, stage, cost, Cost() if i else ready.data_cost)
         terms = tuple(f"{t.name}: {t.describe} per {t.per}" for t in method.terms)
         plans.append(StagePlan(method.name, steps, cost * steps, memory, terms))
     return _all_rounds(recipe, plans)
@@ -104,13 +106,15 @@ def _all_rounds(recipe: Recipe, plans: Sequence[StagePlan]) -> tuple[StagePlan, 
     )
 
 
-def expected_steps(recipe: Recipe, stage: Stage, one: Cost) -> int:
-    """Steps until the stage's budget or its `max_steps` ends it, when each costs `one`; a metric may end it sooner."""
+def expected_steps(recipe: Recipe, stage: Stage, one: Cost, spent: Cost) -> int:
+    """Steps until the stage's budget, of which `spent` is gone, or its `max_steps` ends it, when each costs `one`; a metric may
+    end it sooner."""
     settings = assemble.stage_settings(recipe, stage)
     limits = [stage.max_steps] if stage.max_steps is not None else []
     if settings.budget_unit is not None:
         each = getattr(one, settings.budget_unit)
-        limits += [max(math.ceil(settings.budget_amount / each), 1)] if each else []
+        left = settings.budget_amount - getattr(spent, settings.budget_unit)
+        limits += [max(math.ceil(left / each), 1)] if each else []
     return min(limits) if limits else 1
 
 

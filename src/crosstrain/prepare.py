@@ -73,12 +73,12 @@ def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
     if any(method.inputs is not None for method in ready.methods):
         engine = replace(engine, frozen_embeddings=deepcopy(ready.model.get_input_embeddings()).requires_grad_(False))
     stages = zip(recipe.stages, ready.methods, strict=True)
-    if not any(_kept(method) and not stage.precompute_ref_log_probs for stage, method in stages):
+    if not any(keeps_reference(method) and not stage.precompute_ref_log_probs for stage, method in stages):
         return engine
     return replace(engine, reference=assemble.make_reference(ready.model, recipe.model.lora is not None))
 
 
-def _kept(method: Method) -> bool:
+def keeps_reference(method: Method) -> bool:
     """Whether a method compares with weights that have to be kept."""
     return method.reads("reference") and method.reference != "previous"
 

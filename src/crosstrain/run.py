@@ -48,7 +48,6 @@ from crosstrain.training.switch import Watch, look, stage_after
 from crosstrain.training.tally import Tally
 from crosstrain.training.trackers import Log, trackers
 from crosstrain.types import Method
-from crosstrain.value_head import fresh_values
 
 __all__ = ["RunPlan", "RunResult", "as_recipe", "evaluate_base", "plan", "train"]
 
@@ -209,8 +208,7 @@ class _Run:
         """A stage's boundary: which weights, moments and schedule it starts with, and what it remembers."""
         first = self.progress.stage == 0
         if stage.init_from == "base" and not first:
-            fresh = assemble.base_weights(self.recipe, self.device, self.optimizer.masters)
-            self.optimizer.set_weights(fresh | fresh_values(self.optimizer.masters))
+            self.optimizer.set_weights(assemble.base_weights(self.recipe, self.device, self.optimizer.masters))
         if stage.init_from == "best":
             if not self.best:
                 raise UserError(f"stage {self.progress.stage}: init_from 'best', but no best checkpoint was kept before it")
@@ -317,8 +315,7 @@ class _Run:
 
     def _epoch(self) -> float:
         """Passes over the data that the stage draws from, those of stages before it counted in."""
-        method = self.methods[self._at]
-        names = {method.plan.origin(name) for name in method.plan.streams(self.progress.state)}
+        names = set(assemble.origins(self.methods[self._at]))
         position = sum(self.progress.positions.get(name, 0) for name in names)
         return position / sum(len(self.loaded.streams[name].examples) for name in names)
 
@@ -411,7 +408,7 @@ class _Run:
         self._forget_peak()
         self.record["predicted"] = None
         try:
-            self.record["predicted"] = asdict(predict(plan_stages(self.recipe, self.ready, engine)))
+            self.record["predicted"] = asdict(predict(plan_stages(self.recipe, self.ready, engine), self.ready.data_cost))
         except (UserError, NonFinite, FloatingPointError) as error:
             self._warn(f"what the run will take could not be measured: {error}")
         write_json(self.folder / "record.json", self.record)

@@ -47,7 +47,7 @@ def check_unchanged(folder: Path, record: Mapping[str, Any], found: Mapping[str,
     """UserError when a checkpoint waits and what it was trained on (`record`) is not what is there now (`found`)."""
     if checkpoint.latest(folder / "checkpoints") is None:
         return
-    for key in ("data", "template_hash", "precision"):
+    for key in ("data", "template_hash", "precision", "teacher"):
         before = record.get(key, found[key])
         if before != found[key]:
             raise UserError(

@@ -26,7 +26,7 @@ from crosstrain.objective.reduce import count
 from crosstrain.rollout.sampler import Completion, Prompt, Sampling
 from crosstrain.training.batching import cut, to_batch, with_advantage
 from crosstrain.training.collect import Collected, Truncation, collect
-from crosstrain.training.columns import no_grad_scores, teacher_scores
+from crosstrain.training.columns import no_grad_scores, other_scores
 from crosstrain.training.engine import Engine, Teacher
 from crosstrain.training.gradient import NonFinite, backward
 from crosstrain.training.metrics import Meter
@@ -234,11 +234,11 @@ def made_up_batch(method: Method, model: Any, *, examples: int = 6, seed: int = 
         batch = batch.with_columns(**{name: off})
 
     if "teacher_logp" in method.needs:
-        batch = batch.with_columns(teacher_logp=teacher_scores(engine, method, batch).logp)
+        batch = batch.with_columns(teacher_logp=other_scores(engine, method, batch, "teacher").logp)
 
     def look(other: Batch, *, of: Weights = "current", channels: Mapping[str, Channel] | None = None) -> Scores:
         if of == "teacher":
-            return teacher_scores(engine, method, other)
+            return other_scores(engine, method, other, "teacher")
         found = no_grad_scores(engine, method, other, watch=True, channels=channels)
         return Scores(found.logp - 0.1) if of == "reference" else found  # a reference that finds everything less likely
 

@@ -5,10 +5,9 @@ It stands beside the model and is no part of it: the model stays what transforme
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from crosstrain.head import at_least_fp32
@@ -36,8 +35,3 @@ def reader(head: nn.Linear) -> Callable[[Tensor], Tensor]:
 def named(head: nn.Linear | None) -> dict[str, nn.Parameter]:
     """The head's parameters under the names that checkpoints have them by; none of no head."""
     return {} if head is None else {VALUE_HEAD + name: p for name, p in head.named_parameters()}
-
-
-def fresh_values(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a head's parameters among `weights` start from, by name."""
-    return {name: torch.zeros_like(w) for name, w in weights.items() if name.startswith(VALUE_HEAD)}

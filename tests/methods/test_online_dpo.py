@@ -268,7 +268,9 @@ def test_a_rewards_key_has_no_use_beside_spin_alone(world: Path) -> None:
     content = recipe(world, {"method": "spin", "max_steps": 1}, rewards=[f"{world}/reward.py:length"])
     spin, grpo = load_method("spin"), load_method("grpo")
     parsed = run.as_recipe(content)
-    assert checks.unused_settings(parsed, [spin]) == ["rewards: no stage learns from rewards, so nothing is scored with them"]
+    assert checks.unused_settings(parsed, [spin]) == [
+        "rewards: no stage has completions for them, so nothing is scored with them"
+    ]
     assert checks.unused_settings(parsed, [spin, grpo]) == []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from crosstrain.testing import tiny_model
+from crosstrain.testing import made_up_value_head, tiny_model
 from crosstrain.training.average import Average
 from crosstrain.training.optimizer import Optimizer
 
@@ -43,3 +43,17 @@ def test_what_follows_a_model_in_bf16_keeps_full_precision() -> None:
         assert w.dtype == torch.float32 and average.model.get_parameter(name).dtype == torch.bfloat16
         torch.testing.assert_close(w, start[name] + 1 - (1 - 1e-4) ** 100, rtol=1e-4, atol=1e-5)
         assert torch.equal(average.model.get_parameter(name), w.bfloat16())
+
+
+def test_a_small_rate_moves_it_under_plain_bf16_and_a_value_head_is_no_part_of_it() -> None:
+    model = tiny_model(dtype=torch.bfloat16)
+    head = made_up_value_head(model)
+    optimizer = Optimizer(model, "bf16", head)
+    start = {name: w.float().clone() for name, w in optimizer.weights().items()}
+    average = Average(model, optimizer.weights())
+    assert average.weights.keys() == dict(model.named_parameters()).keys()
+    moved = {name: w * 1.02 for name, w in optimizer.weights().items()}
+    for _ in range(20):
+        average.follow(moved, 0.01)
+    for name, w in average.weights.items():
+        torch.testing.assert_close(w, start[name] + (moved[name].float() - start[name]) * (1 - 0.99**20))

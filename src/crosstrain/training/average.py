@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crosstrain.head import at_least_fp32
+
 
 class Average:
     """Weights that follow a model's, at full precision, in a copy of the model that computes as the model does.
@@ -18,16 +20,18 @@ class Average:
     """
 
     def __init__(self, model: Any, weights: Mapping[str, Tensor]) -> None:
-        self.weights = {name: w.detach().clone() for name, w in weights.items()}
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self._parameters = dict(self.model.named_parameters())
+        # a step of a hundredth would be rounded away in bf16; a value head is no part of the model
+        own = {name: w.detach() for name, w in weights.items() if name in self._parameters}
+        self.weights = {name: w.to(at_least_fp32(w.dtype), copy=True) for name, w in own.items()}
         self._write()
 
     @torch.no_grad()
     def follow(self, weights: Mapping[str, Tensor], rate: float) -> None:
         """Go the share `rate` of the way to `weights`: average + rate (weights - average)."""
         for name, own in self.weights.items():
-            own.lerp_(weights[name], rate)
+            own.lerp_(weights[name].to(own.dtype), rate)
         self._write()
 
     def opened(self) -> AbstractContextManager[Any]:

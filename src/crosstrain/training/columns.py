@@ -36,12 +36,12 @@ def add_columns(engine: Engine, method: Method, batch: Batch, cost: Cost) -> tup
         if known and of in seen:
             return seen[of]
         passes.append((distinct_tokens(other), parameters_of(engine, of)))
-        if of == "reference":
-            scores = reference_scores(engine, method, other)
-        elif of == "teacher":
-            scores = teacher_scores(engine, method, other)
-        else:
+        if of != "current" and channels:
+            raise ValueError(f"channels of the {of} are not computed; ask for its log-probs alone")
+        if of == "current":
             scores = no_grad_scores(engine, method, other, watch=True, channels=channels)
+        else:
+            scores = reference_scores(engine, method, other) if of == "reference" else other_scores(engine, method, other, of)
         if known:
             seen[of] = scores
         return scores
@@ -70,15 +70,14 @@ def reference_scores(engine: Engine, method: Method, batch: Batch) -> Scores:
         return Scores(reference_column(batch, engine.known_reference))
     if engine.reference is None:
         raise UserError(f"method {method.name} compares with a reference model, and none was set up")
-    with engine.reference() as model:
-        return no_grad_scores(replace(engine, model=model), method, batch)
+    return other_scores(engine, method, batch, "reference")
 
 
-def teacher_scores(engine: Engine, method: Method, batch: Batch) -> Scores:
-    """The teacher's log-probs of a whole batch, at the policy's temperature. UserError where the run has none."""
-    with opened(engine, "teacher") as model:
-        assert engine.teacher is not None
-        return no_grad_scores(replace(engine, model=model, layout=engine.teacher.layout), method, batch)
+def other_scores(engine: Engine, method: Method, batch: Batch, of: Weights) -> Scores:
+    """The log-probs of a whole batch by other weights, at the policy's temperature. UserError where the run has none."""
+    layout = engine.teacher.layout if of == "teacher" and engine.teacher is not None else engine.layout
+    with opened(engine, of) as model:
+        return no_grad_scores(replace(engine, model=model, layout=layout), method, batch)
 
 
 def inputs_of(engine: Engine, method: Method) -> Callable[[Tensor, Batch], Tensor] | None:
