@@ -99,6 +99,8 @@ def test_other_shorthands() -> None:
         ({"evaluation": {"eval_steps": 5}}, "'eval_steps' is 5 but there is no 'dev' set"),
         ({"sampling": {"truncation_penalty": 1.0}}, "go together"),
         ({"sampling": {"truncated": "penalise"}}, "go together"),
+        ({"sampling": {"overlong_buffer": 4}}, "'overlong_buffer' has no effect with truncated='score'"),
+        ({"sampling": {"truncated": "penalise", "truncation_penalty": 1.0, "overlong_buffer": 99}}, "more than the 64 tokens"),
         ({"max_prompt_length": 2000}, "leaves no room for an answer"),
         ({"evaluation": {"forgetting": False, "forgetting_questions": 9}}, "'forgetting_questions' has no effect"),
         ({"rewards": {"name": "exact_match", "wieght": 2.0}}, "unknown key 'rewards.wieght'; did you mean 'weight'?"),

@@ -265,7 +265,7 @@ def make_engine(
         sampling=Sampling(s.temperature, s.top_p, s.top_k, s.max_completion_length),
         rewards=rewards,
         decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=True),
-        truncation=Truncation(s.truncated, s.truncation_penalty),
+        truncation=Truncation(s.truncated, s.truncation_penalty, s.overlong_buffer, s.max_completion_length),
         micro_batch_tokens=recipe.micro_batch_tokens,
         seed=recipe.seed,
     )

@@ -82,7 +82,16 @@ def index(records: Sequence[Mapping[str, Any]]) -> str:
             f"## {family[0].upper()}{family[1:]}",
             _table(("method", "what it does", "needs", "paper", "written from"), rows),
         ]
+    parts += ["### Left out", *LEFT_OUT]
     return "\n\n".join([*parts, MARK]) + "\n"
+
+
+LEFT_OUT = (
+    "BRIDGE ([arXiv:2509.06948](https://arxiv.org/abs/2509.06948)): its code could not be obtained, and neither the weights of its "
+    "fused gradient nor the schedule of its second set of adapters are stated where we could read them. What is left without these "
+    "is a mixture of SFT and RL, which `chord_mu` is.",
+)
+"""What the survey or its field has and this does not, with the reason."""
 
 
 def page(found: Mapping[str, Any]) -> str:

@@ -144,6 +144,19 @@ def test_truncated_completions_are_scored_or_penalised(rule: str, expected: list
     assert [t.reward for t in found.groups[0].trajectories] == expected
 
 
+def test_the_penalty_of_long_completions_grows_before_the_limit() -> None:
+    """DAPO's equation 13 by hand: at most L - B 0, then ((L - B) - length) / B, beyond L -1."""
+    soft = Truncation("penalise", penalty=1.0, buffer=4, limit=20)
+    for length, published in ((1, 0.0), (16, 0.0), (17, -0.25), (19, -0.75), (20, -1.0)):
+        assert -soft.of(length, finished=True) == published
+    assert soft.of(20, finished=False) == 1.0
+    found = run(load_method("grpo", num_generations=2), sampler=Echo(), truncation=Truncation("penalise", 0.5, 2, 2))
+    lengths = [len(t.response) for t in found.groups[0].trajectories]
+    cut = [not t.finished for t in found.groups[0].trajectories]
+    expected = [0.5 - (0.5 if c else 0.5 * n / 2) for n, c in zip(lengths, cut, strict=True)]
+    assert [t.reward for t in found.groups[0].trajectories] == expected
+
+
 def test_dynamic_sampling_replaces_dropped_groups_and_stops_at_its_limit() -> None:
     """Every second group is mixed: two draws of 4 give 4 groups; with none mixed, 3 draws give none."""
 

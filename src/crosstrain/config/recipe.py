@@ -52,9 +52,21 @@ class SamplingSpec(BaseModel):
         "score", description="A cut completion is scored as it is, left out of the loss, or loses `truncation_penalty`."
     )
     truncation_penalty: Number = Field(0.0, ge=0, description="Subtracted from a cut completion's reward.")
+    overlong_buffer: Whole = Field(
+        0,
+        description="With `truncated: penalise`: the penalty grows over the last so many tokens before the limit, also for "
+        "completions that end there (DAPO's soft overlong punishment); 0 penalises cut ones alone.",
+    )
 
     @model_validator(mode="after")
     def _penalty_has_an_effect(self) -> Self:
+        if self.overlong_buffer and self.truncated != "penalise":
+            raise ValueError(f"'overlong_buffer' has no effect with truncated={self.truncated!r}; it is for 'penalise'")
+        if self.overlong_buffer > self.max_completion_length:
+            raise ValueError(
+                f"'overlong_buffer' is {self.overlong_buffer}, more than the {self.max_completion_length} tokens of "
+                "'max_completion_length'"
+            )
         if (self.truncated == "penalise") != (self.truncation_penalty > 0):
             raise ValueError(
                 f"'truncated: penalise' and a positive 'truncation_penalty' go together; got truncated={self.truncated!r} "

@@ -130,10 +130,7 @@ def dr_grpo(
 @method(
     paper="arXiv:2503.14476",
     family="reinforcement learning",
-    deviates=(
-        "The authors' penalty for long answers grows over a buffer of lengths; here `sampling.truncated: penalise` takes "
-        "a constant off. Their scripts also set a dual clip of 10, which is off here."
-    ),
+    deviates=("The authors' scripts also set a dual clip of 10, which is off here."),
 )
 def dapo(
     num_generations: int = 16,
@@ -151,7 +148,7 @@ def dapo(
     epsilon_high: the paper's, so that unlikely tokens can rise. minibatches: the paper's 512 prompts in mini-batches of 32.
     dynamic_sampling: draws per step at most, the authors' 10.
 
-    Its overlong penalty is the recipe's `sampling.truncated: penalise`.
+    The overlong punishment is the recipe's: `sampling: {truncated: penalise, truncation_penalty: 1.0, overlong_buffer: 4096}`.
     """
     return grpo(
         num_generations=num_generations,

@@ -28,10 +28,28 @@ class Stream(Protocol):
 
 @dataclass(frozen=True)
 class Truncation:
-    """What happens to own completions cut at the token limit: scored as they are, masked, or penalised."""
+    """What happens to own completions cut at the token limit: scored as they are, masked, or penalised.
+
+    The penalty grows from 0 to `penalty` over the last `buffer` tokens before `limit` (DAPO, arXiv:2503.14476, eq. 13, where it is
+    1); with a buffer of 0 it is for cut completions alone.
+
+    >>> soft = Truncation("penalise", penalty=1.0, buffer=4, limit=10)
+    >>> [soft.of(length, finished=True) for length in (6, 7, 10)], Truncation("penalise", 0.5).of(10, finished=False)
+    ([0.0, 0.25, 1.0], 0.5)
+    """
 
     rule: str = "score"
     penalty: float = 0.0
+    buffer: int = 0
+    limit: int = 0
+
+    def of(self, length: int, *, finished: bool) -> float:
+        """What a completion of so many tokens loses."""
+        if self.rule != "penalise":
+            return 0.0
+        if not self.buffer or not finished:
+            return 0.0 if finished else self.penalty
+        return self.penalty * max(0, length - (self.limit - self.buffer)) / self.buffer
 
 
 ScoreGroups = Callable[[list[Group]], list[Group]]
@@ -343,9 +361,9 @@ def with_known_rewards(group: Group) -> Group | None:
 
 def _penalised(group: Group, truncation: Truncation) -> Group:
     def penalise(t: Trajectory) -> Trajectory:
-        if truncation.rule != "penalise" or t.finished or t.reward is None or t.replayed or not t.wrote(Source.POLICY):
+        if t.reward is None or t.replayed or not t.wrote(Source.POLICY):
             return t
-        return replace(t, reward=t.reward - truncation.penalty)
+        return replace(t, reward=t.reward - truncation.of(t.source.count(Source.POLICY), finished=t.finished))
 
     return replace(group, trajectories=tuple(penalise(t) for t in group.trajectories))
 
