@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Cohe
 
 import crosstrain
 from crosstrain import run
-from crosstrain.assemble import unused_settings
+from crosstrain.checks import unused_settings
 from crosstrain.errors import UserError
 from crosstrain.methods import load_method
 from crosstrain.models import load_model
