@@ -19,6 +19,7 @@ from torch import Tensor
 from crosstrain.assemble import stage_settings
 from crosstrain.cli import main
 from crosstrain.cli_explain_step import Asked, _recipe, looked_at
+from crosstrain.errors import UserError
 from crosstrain.explain_page import page
 from crosstrain.explain_step import ROW, Seen, explain_step, kind_of, pieces
 from crosstrain.explain_text import sentence, show
@@ -356,6 +357,28 @@ def test_other_models_stand_in_for_the_reference_and_the_old_policy(
     more = ["--reference", str(tmp_path / "wider")]
     assert main(["explain", "dpo", "--model", model, "--data", str(rows), *more]) == 2
     assert "its vocabulary has 300 tokens" in capsys.readouterr().err
+
+
+def test_a_reference_stays_the_one_that_is_named_beside_an_old_policy(model: str, rows: Path, tmp_path: Path) -> None:
+    """What sampled is one thing and what is compared with another; a method whose reference is itself a step ago takes none."""
+    old, reference = (str(save_tiny_model(tmp_path / name, seed)) for name, seed in (("old", 1), ("reference", 2)))
+    (tmp_path / "reward.py").write_text(
+        "def letters(completions, **kwargs):\n    return [float(len(c)) for c in completions]\n"
+    )
+
+    def loss(**more: str) -> float:
+        asked = {
+            "data": (str(rows),),
+            "settings": ("beta=0.5", "num_generations=3"),
+            "max_completion_length": 4,
+            "batch_size": 2,
+        }
+        return float(looked_at(Asked("grpo", model, **asked, rewards=(f"{tmp_path}/reward.py:letters",), **more))["loss"])
+
+    assert loss(old=old) != loss(old=old, reference=reference)
+    assert loss(old=old) == pytest.approx(loss(old=old, reference=model))
+    with pytest.raises(UserError, match="--reference has no effect: spin compares with no reference"):
+        looked_at(Asked("spin", model, data=(str(rows),), reference=reference))
 
 
 def _sft(model: str, folder: Path, **more: Any) -> Asked:

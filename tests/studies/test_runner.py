@@ -440,7 +440,7 @@ def test_the_bundled_study_compares_methods_and_nothing_else() -> None:
                 update={k: getattr(stage, k) for k in ("method", "batch_size", "learning_rate", "budget_share")}
             )
     questions = spec.shared.evaluation
-    assert sum(one.size for one in questions.in_distribution) == 72
+    assert sum(one.size for one in questions.in_distribution) == 64
     assert set(spec.tune.seeds if spec.tune else ()) & set(spec.seeds) == set()
     quick = checked(spec, quick=True, tune=True)
     assert quick.seeds == [0] and quick.budget.amount <= spec.budget.amount / 10
