@@ -377,8 +377,3 @@ def _check_brings(method: Method, stream: str, example: Example) -> None:
         raise UserError(f"{example.where}: method {method.name} needs one demonstration (`completion`); the row has {has}")
     if needs == "label" and (has != 1 or example.expert[0].reward is None):
         raise UserError(f"{example.where}: method {method.name} needs `completion` and `label`")
-
-
-def missing_rewards(groups: Sequence[Group]) -> int:
-    """How many own trajectories have no reward."""
-    return sum(t.reward is None for g in groups for t in g.by(Source.POLICY))
