@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from crosstrain.attention import use_short_attention
 from crosstrain.llama import extend, hidden_states
+from crosstrain.one_token import extend_one
 from crosstrain.rollout.cache import PreallocatedCache
 from crosstrain.served import why_not, written_out
 from crosstrain.training.optimizer import Optimizer, cast_parameters
@@ -72,7 +73,8 @@ def test_hidden_states_and_gradients_are_the_models_own(kind: str, short: bool) 
 
 
 @pytest.mark.parametrize("kind", SERVED)
-def test_columns_added_to_a_cache_get_the_models_own_hidden_states(kind: str) -> None:
+@pytest.mark.parametrize("one", [extend, extend_one])  # a card runs single columns as any others
+def test_columns_added_to_a_cache_get_the_models_own_hidden_states(kind: str, one: Any) -> None:
     model = make(kind)
     llama = written_out(model)
     assert llama is not None
@@ -88,13 +90,32 @@ def test_columns_added_to_a_cache_get_the_models_own_hidden_states(kind: str) ->
             tensors[i] = torch.cat([t, t.new_zeros(2, t.shape[1], 3, t.shape[3])], dim=2)
     more = torch.tensor([[21, 22, 23], [24, 25, 26]])
     states += [extend(llama, more[:, :2], torch.tensor([[4, 5], [2, 3]]), cache)]
-    states += [extend(llama, more[:, 2:], torch.tensor([[6], [4]]), cache)]
+    states += [one(llama, more[:, 2:], torch.tensor([[6], [4]]), cache)]
     for row, prompt in enumerate(prompts):
         whole = torch.tensor([[*prompt, *more[row].tolist()]])
         expected = model.get_decoder()(input_ids=whole, use_cache=False).last_hidden_state[0]
         found = torch.stack([s[row] for s in states])
         n = len(prompt)
         torch.testing.assert_close(found, expected[[n - 1, n + 1, n + 2]], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SERVED)
+def test_a_single_line_gets_what_it_gets_among_others(kind: str) -> None:
+    """A single column has products of its own."""
+    model = make(kind)
+    llama = written_out(model)
+    assert llama is not None
+    tokens, positions = torch.tensor([[3, 5, 7]]), torch.arange(3)[None]
+    caches = [PreallocatedCache(torch.ones(n, 5, dtype=torch.bool)) for n in (1, 2)]
+    found = []
+    for cache in caches:
+        n = cache.rows
+        extend(llama, tokens.expand(n, 3), positions.expand(n, 3), cache)
+        for tensors in (cache.keys, cache.values):
+            tensors[:] = [torch.cat([t, t.new_zeros(n, t.shape[1], 2, t.shape[3])], dim=2) for t in tensors]
+        found.append([extend_one(llama, torch.full((n, 1), 9 + i), torch.full((n, 1), 3 + i), cache)[0] for i in (0, 1)])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_stay_the_models_parameters() -> None:

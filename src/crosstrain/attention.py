@@ -39,7 +39,10 @@ BLOCK_BYTES = 2**23
 """Scores that exist at once."""
 
 QUERIES = 64
-"""Queries of a line that are computed together: fewer see fewer columns, more make larger products."""
+"""Fewest queries of a line that are computed together: fewer see fewer columns, more make larger products."""
+
+PAIRS = 2**16
+"""Pairs of a query and a column, of all lines, below which blocks are larger: a block's operations take as long as 10,000 pairs."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,14 @@ def added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def blocks(mask: Tensor, dtype: torch.dtype) -> list[Block]:
     """Queries in blocks with what they see, for inputs of a dtype. mask: [N or 1, 1, L, S] bool.
 
-    >>> [first, second] = blocks(torch.ones(1, 1, 100, 100, dtype=torch.bool).tril(), torch.float32)
+    >>> [first, second] = blocks(torch.ones(1, 1, 300, 300, dtype=torch.bool).tril(), torch.float32)
     >>> second.queries, first.columns.shape, second.columns.shape
-    (slice(64, 100, None), torch.Size([1, 64]), torch.Size([1, 100]))
+    (slice(218, 300, None), torch.Size([1, 218]), torch.Size([1, 300]))
     """
     result = []
-    for start in range(0, mask.shape[2], QUERIES):
-        part = mask[:, 0, start : start + QUERIES]
+    queries = max(QUERIES, PAIRS // (len(mask) * mask.shape[3]))
+    for start in range(0, mask.shape[2], queries):
+        part = mask[:, 0, start : start + queries]
         seen = part.any(dim=1)
         width = max(int(seen.sum(dim=1).max()), 1)
         # those that are seen first, in their order; lines that see fewer are filled up with others, which the bias hides
@@ -138,12 +142,13 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, s
     """
     lines, heads, _, size = query.shape
     keys, columns, wide = key.shape[1], key.shape[2], at_least_fp32(query.dtype)
-    q = query.to(wide).mul(scaling).reshape(lines * keys, heads // keys, size)
-    scores = torch.bmm(q, key.to(wide).reshape(lines * keys, columns, size).transpose(1, 2))
+    q = query.to(wide).reshape(lines * keys, heads // keys, size)
+    k, v = (t.to(wide).reshape(lines * keys, columns, -1) for t in (key, value))
+    scores = torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scaling)
     if bias is not None:
         scores.view(lines, heads, columns).add_(bias[:, 0])
-    mixed = torch.bmm(torch.softmax(scores, dim=-1), value.to(wide).reshape(lines * keys, columns, value.shape[3]))
-    return mixed.to(query.dtype).view(lines, 1, heads, value.shape[3])
+    mixed = torch.bmm(torch.softmax(scores, dim=-1), v)
+    return mixed.to(query.dtype).view(lines, 1, heads, v.shape[2])
 
 
 class _Attention(torch.autograd.Function):

@@ -63,26 +63,26 @@ def hidden_states(
     """
     x = llama.decoder.embed_tokens(tokens) if embeds is None else embeds
     rows, length, width = x.shape
-    cos, sin = _angles(llama, x, positions)
+    cos, sin = angles(llama, x, positions)
     seen = _Seen.of(mask, x, length, length)
     x = x.reshape(-1, width)
     for i, layer in enumerate(llama.layers, start=1):
         m, a = layer.module, layer.module.self_attn
         parts = (a.q_proj, a.k_proj, a.v_proj)
         biases = tuple(p.bias for p in parts if p.bias is not None)
-        norm = _norm_weight(m.input_layernorm, llama)
+        norm = norm_weight(m.input_layernorm, llama)
         qkv = norm_linear(x, norm, llama.eps, [p.weight for p in parts], biases, layer.qkv).view(rows, length, -1)
         query, key, value = _heads(llama, layer, qkv, cos, sin, grad=True)
         mixed = _attention(a, query, key, value, seen, llama.scaling).flatten(2)
         if i == len(llama.layers) and at is not None:  # what comes after the last attention is about single places
             mixed, x = mixed[at], x.view(rows, length, width)[at]
         x = _project(a.o_proj, mixed.flatten(0, -2), x)
-        norm = _norm_weight(m.post_attention_layernorm, llama)
+        norm = norm_weight(m.post_attention_layernorm, llama)
         mlp = m.mlp
         x = gated_mlp(
             x, norm, llama.eps, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight, layer.gate_up, llama.gate
         )
-    x = rms_norm(x, _norm_weight(llama.decoder.norm, llama), llama.eps)
+    x = rms_norm(x, norm_weight(llama.decoder.norm, llama), llama.eps)
     return x.view(rows, length, width) if at is None else x
 
 
@@ -95,7 +95,7 @@ def extend(llama: Llama, tokens: Tensor, positions: Tensor, cache: Any) -> Tenso
     """
     x = llama.decoder.embed_tokens(tokens)
     rows, length, width = x.shape
-    cos, sin = _angles(llama, x, positions)
+    cos, sin = angles(llama, x, positions)
     wide = torch.float32 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else x.dtype
     seen = _Seen.of(_seen(cache, length), x, length, cache.length + length)
     x = x.reshape(-1, width)
@@ -103,7 +103,7 @@ def extend(llama: Llama, tokens: Tensor, positions: Tensor, cache: Any) -> Tenso
     for i, layer in enumerate(llama.layers):
         m, a = layer.module, layer.module.self_attn
         bias = torch.cat([a.q_proj.bias, a.k_proj.bias, a.v_proj.bias]) if a.q_proj.bias is not None else None
-        qkv = F.linear(rms_norm(x, _norm_weight(m.input_layernorm, llama), llama.eps), layer.qkv, bias).view(rows, length, -1)
+        qkv = F.linear(rms_norm(x, norm_weight(m.input_layernorm, llama), llama.eps), layer.qkv, bias).view(rows, length, -1)
         query, key, value = _heads(llama, layer, qkv, cos, sin, grad=False)
         if length > 1:  # a cache keeps what a prefill gives it, which must not be part of something larger
             key, value = key.contiguous(), value.contiguous()
@@ -116,10 +116,10 @@ def extend(llama: Llama, tokens: Tensor, positions: Tensor, cache: Any) -> Tenso
             seen = seen.by_the_last(x)
         mixed = _attention(a, query, key, value, seen, llama.scaling).reshape(len(x), -1)
         x = _project(a.o_proj, mixed, x)
-        gate_up = F.linear(rms_norm(x, _norm_weight(m.post_attention_layernorm, llama), llama.eps), layer.gate_up)
+        gate_up = F.linear(rms_norm(x, norm_weight(m.post_attention_layernorm, llama), llama.eps), layer.gate_up)
         x = torch.addmm(x, gated(gate_up, llama.gate), m.mlp.down_proj.weight.T)
     cache.advance(length)
-    return rms_norm(x, _norm_weight(llama.decoder.norm, llama), llama.eps)
+    return rms_norm(x, norm_weight(llama.decoder.norm, llama), llama.eps)
 
 
 def _seen(cache: Any, length: int) -> Tensor | None:
@@ -199,14 +199,14 @@ def _project(linear: nn.Linear, x: Tensor, residual: Tensor) -> Tensor:
     return added if linear.bias is None else added + linear.bias
 
 
-def _angles(llama: Llama, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def angles(llama: Llama, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines [N, L, D / 2] of the model's own rotary embedding, which repeats them for both halves of a head."""
     cos, sin = llama.decoder.rotary_emb(x, positions)
     half = llama.size // 2
     return cos[..., :half].contiguous(), sin[..., :half].contiguous()
 
 
-def _norm_weight(norm: Any, llama: Llama) -> Tensor:
+def norm_weight(norm: Any, llama: Llama) -> Tensor:
     weight: Tensor = norm.weight
     if not llama.added:
         return weight

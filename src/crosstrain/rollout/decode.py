@@ -21,6 +21,7 @@ from torch import Tensor
 
 from crosstrain.head import head_logits
 from crosstrain.llama import Llama, extend
+from crosstrain.one_token import extend_one
 from crosstrain.prefix import common_start
 from crosstrain.rollout.cache import PreallocatedCache, merge
 from crosstrain.rollout.rows import Rows
@@ -287,7 +288,8 @@ def _prefill(policy: Policy, asks: Sequence[Ask], rows: Rows) -> _Part:
 def _forward(policy: Policy, tokens: Tensor, positions: Tensor, cache: PreallocatedCache) -> Tensor:
     """The hidden state of each line's last column, [L, D]. A model's own code builds the mask, windows of local layers included."""
     if policy.llama is not None:
-        return extend(policy.llama, tokens, positions, cache)
+        one = tokens.shape[1] == 1 and cache.length > 0 and tokens.device.type == "cpu"
+        return (extend_one if one else extend)(policy.llama, tokens, positions, cache)
     mask = cache.mask(tokens.shape[1])
     states = policy.decoder(
         input_ids=tokens, position_ids=positions, attention_mask=mask.long(), past_key_values=cache, use_cache=True
