@@ -139,12 +139,12 @@ def check_vocabularies(name: str, tokenizer: Any, teacher: str, other: Any) -> N
         )
 
 
-def load_streams(recipe: Recipe, tokenizer: Any, model: Any, methods: Sequence[Method] = ()) -> Loaded:
+def load_streams(recipe: Recipe, tokenizer: Any, model: Any, methods: Sequence[Method] = (), *, ask: bool = True) -> Loaded:
     """Every stream of the recipe, tokenized, with the contexts that methods ask of it, its rows filtered, chosen (by what `model`,
-    not yet trained, makes of them) and ordered as the recipe says. UserError for a row that cannot be used, with file:row, and for
-    two methods whose contexts of one name differ."""
+    not yet trained, makes of them) and ordered as the recipe says. ask: see `load_stream`. UserError for a row that cannot be used,
+    with file:row, and for two methods whose contexts of one name differ."""
     found = {
-        name: load_stream(name, spec, recipe, tokenizer, model, contexts_of(name, methods))
+        name: load_stream(name, spec, recipe, tokenizer, model, contexts_of(name, methods), ask=ask)
         for name, spec in recipe.data.items()
     }
     return Loaded(

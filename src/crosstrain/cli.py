@@ -198,6 +198,9 @@ def data_check(
     model: Annotated[str, typer.Option(help="The model whose chat template and tokenizer to use.")] = "smollm2-135m-instruct",
     max_prompt_length: Annotated[int, typer.Option(min=1, help="Longer prompts are errors.")] = 512,
     max_length: Annotated[int, typer.Option(min=1, help="Longer prompt + answer rows are cut.")] = 1024,
+    ask: Annotated[
+        bool, typer.Option("--ask", help="Of a recipe: ask its data's teacher for the answers that are not there yet.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Say what a file or a recipe's data hold and what would be trained, or which rows are wrong."""
@@ -207,8 +210,10 @@ def data_check(
         given = [
             name for name in ("model", "max_prompt_length", "max_length") if ctx.get_parameter_source(name).name != "DEFAULT"
         ]
-        check_recipe(file, given)
+        check_recipe(file, given, ask=ask)
         return
+    if ask:
+        raise UserError(f"--ask is for a recipe whose data have a `teacher`; {file} has rows alone, so leave it out")
     from crosstrain.data.check import check
 
     check(file, model, max_prompt_length=max_prompt_length, max_length=max_length)

@@ -22,11 +22,12 @@ from crosstrain.models import load_tokenizer, resolve_device
 from crosstrain.training.collect import shares
 
 
-def check_recipe(file: Path, given: Sequence[str] = (), console: Console | None = None) -> None:
+def check_recipe(file: Path, given: Sequence[str] = (), console: Console | None = None, *, ask: bool = False) -> None:
     """Print, of each stream: its sources, what filters took, which rows are chosen, what comes first, and the first batch.
 
     The model is loaded where rows are chosen or ordered by what it makes of them. given: options of the command line, which a
-    recipe has of its own. Raises UserError for what a run would refuse in its data, after printing the rows that cannot be used.
+    recipe has of its own. ask: ask servers for answers that are not there yet; words stand for them else. Raises UserError for what
+    a run would refuse in its data, after printing the rows that cannot be used.
     """
     console = console or Console(soft_wrap=True, highlight=False)
     if given:
@@ -41,7 +42,7 @@ def check_recipe(file: Path, given: Sequence[str] = (), console: Console | None 
     methods = [assemble.stage_method(stage) for stage in recipe.stages]
     for name, data in recipe.data.items():
         try:
-            loaded = load_stream(name, data, recipe, tokenizer, model, assemble.contexts_of(name, methods))
+            loaded = load_stream(name, data, recipe, tokenizer, model, assemble.contexts_of(name, methods), ask=ask)
         except BadRows as error:
             print_problems(error, console)
             raise
@@ -66,7 +67,9 @@ def _print_stream(name: str, spec: DataSpec, loaded: LoadedStream, recipe: Recip
     for part, source, weight in zip(loaded.parts, spec.sources, weights, strict=True):
         mixed = f", share {weight / sum(weights):.1%}, {counts[part.label]} of the first {n}" if counts else ""
         said += [f"  {part.label}: {len(part.rows):,} rows{mixed}", *(f"    {line}" for line in _done(part, source))]
-    said += [f"warning: {text}" for text in loaded.warnings if ": filter keeps" not in text]
+    said += [
+        f"warning: {text}" for text in loaded.warnings if not any(f": {what} keeps" in text for what in ("teacher", "filter"))
+    ]
     for line in said:
         console.print(Text(visible(line)))
     print_batch(loaded.stream.draw(0, n)[0], recipe.seed, tokenizer, console)
@@ -75,8 +78,12 @@ def _print_stream(name: str, spec: DataSpec, loaded: LoadedStream, recipe: Recip
 
 def _done(part: Part, spec: DataSpec) -> list[str]:
     """What was done to a source's rows, a line each."""
-    said = [] if part.filtered is None else [f"filter {part.filtered}"]
-    if spec.select is not None:
+    said = []
+    if part.taught is not None and spec.teacher is not None and not part.taught.waiting:
+        said.append(f"teacher {part.taught.kept}; {spec.teacher.model}'s answers are in {part.taught.file}")
+    if part.filtered is not None:
+        said.append(f"filter {part.filtered}")
+    if spec.select is not None and part.chosen is not None:
         said.append(
             f"select: {spec.select.rule} takes {len(part.rows)} of {part.chosen_of}, first {', '.join(part.chosen_where[:NAMED])}"
         )

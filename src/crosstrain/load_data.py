@@ -1,4 +1,4 @@
-"""From what a recipe says of a stream to the stream: read, filter, tokenize, choose, order, mix."""
+"""From what a recipe says of a stream to the stream: read, answer, filter, tokenize, choose, order, mix."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from crosstrain.base_view import informative, mean_losses
-from crosstrain.config import DataSpec, OrderSpec, Recipe, SelectSpec
+from crosstrain.config import DataSpec, OrderSpec, Recipe, SelectSpec, TextTeacherSpec
 from crosstrain.data import Stream, encode, read_rows
+from crosstrain.data.chat import with_system
 from crosstrain.data.curricula import Curriculum, ranking
 from crosstrain.data.filters import NAMED, Filtered, filter_rows, number_of
 from crosstrain.data.mixtures import Mixture
@@ -20,6 +21,7 @@ from crosstrain.data.rows import Row, data_hash
 from crosstrain.data.selection import Chosen, any_rows, extreme
 from crosstrain.errors import UserError
 from crosstrain.tasks import get_task
+from crosstrain.text_teacher import Taught, question, teach
 from crosstrain.types import Example, Source
 
 
@@ -27,14 +29,15 @@ from crosstrain.types import Example, Source
 class Part:
     """One source of a stream, ready to be drawn from, and what was done to its rows.
 
-    rows: those that are drawn from. filtered, chosen, difficulty (of each row): as the recipe asks for them, None where it does
-    not. chosen_of: how many there were to choose from. chosen_where: file:row of the chosen, in the order in which they were.
+    rows: those that are drawn from. taught, filtered, chosen, difficulty (of each row): as the recipe asks for them, None where it
+    does not. chosen_of: how many there were to choose from. chosen_where: file:row of the chosen, in the order in which they were.
     looked_at: tokens that went through the untrained model for it.
     """
 
     label: str
     stream: Stream | Curriculum
     rows: tuple[Row, ...]
+    taught: Taught | None = None
     filtered: Filtered | None = None
     chosen: Chosen | None = None
     chosen_of: int = 0
@@ -82,10 +85,18 @@ def needs_model(spec: DataSpec) -> bool:
 
 
 def load_stream(
-    name: str, spec: DataSpec, recipe: Recipe, tokenizer: Any, model: Any, contexts: Mapping[str, str] | None = None
+    name: str,
+    spec: DataSpec,
+    recipe: Recipe,
+    tokenizer: Any,
+    model: Any,
+    contexts: Mapping[str, str] | None = None,
+    *,
+    ask: bool = True,
 ) -> LoadedStream:
     """The stream `name`. model: the untrained one, for what `needs_model`; None else. contexts: other texts of its prompts, see
-    `Method.contexts`.
+    `Method.contexts`. ask: whether a server is asked for answers that are not there yet; where it is not, words stand for them,
+    such rows are not filtered, chosen or ordered, and a warning says so.
 
     UserError for a row that cannot be used, with file:row, and for a setting that leaves no row or has no effect.
     """
@@ -94,14 +105,18 @@ def load_stream(
     if spec.mixture is not None:
         # a seed for each source, so that sources of one size do not come in one order
         places = [_Place(f"{name}.{k}", f"data.{name}.mixture.{k}", _seed(recipe.seed, k)) for k in range(len(labels))]
-    parts = tuple(_part(*given, recipe, tokenizer, model, contexts) for given in zip(places, labels, spec.sources, strict=True))
+    parts = tuple(
+        _part(*given, recipe, tokenizer, model, contexts, ask=ask) for given in zip(places, labels, spec.sources, strict=True)
+    )
     hashes = [_hash(part) for part in parts]
-    warnings = [w for part in parts for w in _look(name, part.stream.examples, tokenizer)]
-    warnings += [
-        f"{name if len(parts) == 1 else f'{name}, {part.label}'}: filter {part.filtered}"
-        for part in parts
-        if part.filtered is not None and part.filtered.dropped
-    ]
+    there = [part for part in parts if part.taught is None or not part.taught.waiting]
+    warnings = [w for part in there for w in _look(name, part.stream.examples, tokenizer)]
+    for part, source in zip(parts, spec.sources, strict=True):
+        called = name if len(parts) == 1 else f"{name}, {part.label}"
+        if part.taught is not None and source.teacher is not None:
+            warnings += [f"{called}: {text}" for text in _on_answers(part.taught, source.teacher)]
+        if part.filtered is not None and part.filtered.dropped:
+            warnings.append(f"{called}: filter {part.filtered}")
     report = _report(spec, parts)
     if spec.mixture is None:
         return LoadedStream(parts[0].stream, parts, hashes[0], tuple(warnings), report)
@@ -120,10 +135,24 @@ def rows_of(spec: DataSpec) -> list[Row]:
 
 
 def _part(
-    at: _Place, label: str, spec: DataSpec, recipe: Recipe, tokenizer: Any, model: Any, contexts: Mapping[str, str] | None
+    at: _Place,
+    label: str,
+    spec: DataSpec,
+    recipe: Recipe,
+    tokenizer: Any,
+    model: Any,
+    contexts: Mapping[str, str] | None,
+    *,
+    ask: bool,
 ) -> Part:
     """One source, whose examples are called `name:row` by the rows that it had before any was left out."""
     rows = rows_of(spec)
+    taught = None
+    if spec.teacher is not None:
+        taught = _taught(at, rows, spec, recipe, tokenizer, ask=ask)
+        rows = list(taught.rows)
+        if taught.waiting:
+            spec = spec.model_copy(update={"filter": None, "select": None, "order": None})
     filtered = None
     if spec.filter is not None:
         filtered = filter_rows(rows, spec.filter, lambda row: _trained(encode(row, tokenizer, id="")))
@@ -149,11 +178,34 @@ def _part(
     left, examples = tuple(pool[i] for i in indices), tuple(examples[i] for i in indices)
     where = () if chosen is None else tuple(pool[i].where for i in chosen.rows)
     if spec.order is None:
-        return Part(label, Stream(at.name, examples, at.seed), left, filtered, chosen, len(pool), where, None, looked_at)
+        return Part(
+            label, Stream(at.name, examples, at.seed), left, taught, filtered, chosen, len(pool), where, None, looked_at
+        )
     o, difficulty = spec.order, _difficulty(at, spec.order, left, examples, recipe, model)
     looked_at += _tokens(examples) if o.by == "loss" else 0
     stream = Curriculum(at.name, examples, ranking(difficulty, o.direction), o.pacing, o.start, o.until, at.seed)
-    return Part(label, stream, left, filtered, chosen, len(pool), where, difficulty, looked_at)
+    return Part(label, stream, left, taught, filtered, chosen, len(pool), where, difficulty, looked_at)
+
+
+def _taught(at: _Place, rows: Sequence[Row], spec: DataSpec, recipe: Recipe, tokenizer: Any, *, ask: bool) -> Taught:
+    """The rows with their teacher's answers, who reads the prompts that the model will read."""
+    assert spec.teacher is not None
+    questions = [question(row, spec.teacher) for row in rows]
+    if spec.system_prompt is not None:
+        questions = [with_system(row, spec.system_prompt) for row in questions]
+    for row in questions:  # what the run would refuse is refused before anything is paid for
+        encode(row, tokenizer, id="", max_prompt_length=recipe.max_prompt_length)
+    return teach(f"{at.key}.teacher", questions, spec.teacher, ask=ask)
+
+
+def _on_answers(taught: Taught, teacher: TextTeacherSpec) -> list[str]:
+    """A warning for answers that are left out, or are not there yet."""
+    if taught.waiting:
+        return [
+            f"the run will make {taught.waiting} requests to {teacher.model} at {teacher.base_url}; nothing was asked now, and "
+            f"{teacher.max_completion_length} words stand for each answer; filter, select and order wait for the answers"
+        ]
+    return [f"teacher {taught.kept}"] if taught.kept.dropped else []
 
 
 def _choose(at: _Place, select: SelectSpec, examples: Sequence[Example], recipe: Recipe, model: Any) -> Chosen:
@@ -218,15 +270,18 @@ def _digest(content: Any) -> str:
 
 def _report(spec: DataSpec, parts: Sequence[Part]) -> list[dict[str, Any]]:
     """What was done to the rows, for records; nothing where nothing was."""
-    if spec.mixture is None and not (spec.filter or spec.select or spec.order):
+    if spec.mixture is None and not (spec.teacher or spec.filter or spec.select or spec.order):
         return []
     total = sum(s.weight or 1.0 for s in spec.sources)
     found = []
     for part, source in zip(parts, spec.sources, strict=True):
         one: dict[str, Any] = {"source": part.label, "rows": len(part.rows), "share": (source.weight or 1.0) / total}
+        if part.taught is not None and source.teacher is not None:
+            one["teacher"] = {"model": source.teacher.model, "base_url": source.teacher.base_url, **_took(part.taught.kept)}
+            one["teacher"] |= {key: getattr(part.taught, key) for key in ("prompt_tokens", "completion_tokens")}
+            one["teacher"]["answers"] = str(part.taught.file)
         if part.filtered is not None:
-            took = {key: {"rows": len(rows), "first": list(rows[:NAMED])} for key, rows in part.filtered.dropped.items()}
-            one["filter"] = {"kept": len(part.filtered.kept), "dropped": took}
+            one["filter"] = _took(part.filtered)
         if part.chosen is not None and source.select is not None:
             one["select"] = {"rule": source.select.rule, "of": part.chosen_of, "rows": list(part.chosen_where)}
             one["select"] |= {"gains": list(part.chosen.gains)} if part.chosen.gains else {}
@@ -235,6 +290,11 @@ def _report(spec: DataSpec, parts: Sequence[Part]) -> list[dict[str, Any]]:
             one["order"] = {"first": first, "difficulty": [min(part.difficulty), max(part.difficulty)]}
         found.append(one)
     return found
+
+
+def _took(filtered: Filtered) -> dict[str, Any]:
+    dropped = {key: {"rows": len(rows), "first": list(rows[:NAMED])} for key, rows in filtered.dropped.items()}
+    return {"kept": len(filtered.kept), "dropped": dropped}
 
 
 def _look(name: str, examples: Sequence[Example], tokenizer: Any) -> list[str]:

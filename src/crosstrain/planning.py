@@ -57,12 +57,12 @@ def _stages(where: list[int]) -> str:
 
 
 def plan(recipe: Recipe) -> RunPlan:
-    """Load and check everything a run needs, and predict what it takes; nothing is trained or written.
+    """Load and check everything a run needs, and predict what it takes; nothing is trained or written, and no server is asked.
 
     The first batch of each stage is sampled and scored, and one micro-batch of it goes through the model. UserError for
     whatever is wrong with the recipe, its data, its rewards or its first losses.
     """
-    ready = prepare(recipe)
+    ready = prepare(recipe, ask=False)
     with assemble.reward_scorer(recipe, ready.tokenizer) as rewards:
         try:
             stages = plan_stages(recipe, ready, base_engine(recipe, ready, rewards))

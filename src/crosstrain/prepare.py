@@ -38,12 +38,13 @@ class Prepared:
     teacher: Teacher | None = None
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """What the recipe names. UserError for everything that can be known to be wrong before training, rewards aside."""
+def prepare(recipe: Recipe, *, ask: bool = True) -> Prepared:
+    """What the recipe names. ask: whether servers are asked for answers that are not there yet. UserError for everything that can
+    be known to be wrong before training, rewards aside."""
     device = resolve_device(recipe.device)
     methods = tuple(assemble.stage_method(stage) for stage in recipe.stages)
     model, tokenizer = assemble.load_base(recipe, device)
-    loaded = assemble.load_streams(recipe, tokenizer, model, methods)
+    loaded = assemble.load_streams(recipe, tokenizer, model, methods, ask=ask)
     for i, method in enumerate(methods):
         checks.check_data(method, loaded)
         checks.check_reference(recipe, method, i)

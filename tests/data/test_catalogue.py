@@ -9,10 +9,10 @@ from typing import get_args
 import pytest
 
 from crosstrain.cli import main
-from crosstrain.config import DataSpec, FilterSpec, OrderSpec, SelectSpec
+from crosstrain.config import DataSpec, FilterSpec, OrderSpec, SelectSpec, TextTeacherSpec
 from crosstrain.data.catalogue import DATA_METHODS
 
-SPECS = {"filter": FilterSpec, "select": SelectSpec, "order": OrderSpec, "mixture": DataSpec}
+SPECS = {"teacher": TextTeacherSpec, "filter": FilterSpec, "select": SelectSpec, "order": OrderSpec, "mixture": DataSpec}
 
 
 def test_every_setting_is_named_and_every_name_is_a_setting() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from crosstrain.config.data import DataSpec, FilterSpec, OrderSpec, SelectSpec
+from crosstrain.config.data import DataSpec, FilterSpec, OrderSpec, SelectSpec, TextTeacherSpec
 from crosstrain.config.evaluation import EvalSetSpec, EvaluationSpec
 from crosstrain.config.files import config_hash, load, parse, read_mapping, to_yaml
 from crosstrain.config.recipe import BudgetSpec, LoraSpec, ModelSpec, Recipe, SamplingSpec, SaveSpec
@@ -37,6 +37,7 @@ __all__ = [
     "Stage",
     "StudySpec",
     "SwitchSpec",
+    "TextTeacherSpec",
     "TuneSpec",
     "config_hash",
     "load_recipe",

@@ -1,14 +1,17 @@
-"""A stream of a recipe: where its rows come from, and what is done to them before they are drawn (filters, selection, order)."""
+"""A stream of a recipe: where its rows come from, and what is done to them before they are drawn (a teacher's answers, filters,
+selection, order)."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Field, JsonValue, field_validator, model_validator
 
 from crosstrain.cache import keep_rows
-from crosstrain.config.fields import STRICT, Count, Number, Positive, Seed, Share, TaskConfig, named
+from crosstrain.config.fields import STRICT, Count, Flag, Number, Positive, Seed, Share, TaskConfig, Whole, named
 
 
 def _changed(spec: BaseModel, *keys: str) -> list[str]:
@@ -116,6 +119,75 @@ def _rows(value: Any) -> Any:
     return str(keep_rows(rows))
 
 
+class TextTeacherSpec(BaseModel):
+    """A server that speaks OpenAI's protocol and answers the rows' prompts, once, before training (sequence-level distillation)."""
+
+    model_config = STRICT
+    base_url: str = Field(description="The server's address, to which `/chat/completions` is added: http://127.0.0.1:8000/v1.")
+    model: str = Field(min_length=1, description="The model's name on that server.")
+    api_key_env: str | None = Field(
+        None, description="Name of the environment variable that holds the key; when not given, none is sent."
+    )
+    temperature: Number = Field(0.0, ge=0, description="0 asks for the most likely answer, above for samples.")
+    top_p: Share = Field(1.0, description="Sample from the smallest set of tokens with this probability; 1 is all.")
+    max_completion_length: Count = Field(
+        256, description="Tokens of the teacher after which an answer is cut; cut answers are left out, with a counted warning."
+    )
+    n: Count = Field(1, description="Answers to every prompt, each a row of its own.")
+    extra_body: dict[str, JsonValue] = Field(
+        {},
+        description="Further fields of every request, such as `stop` or `seed`; null takes `max_tokens` or `temperature` out.",
+    )
+    replace: Flag = Field(
+        False, description="Rows that bring an answer get the teacher's in its place; they are errors when this is false."
+    )
+    concurrency: Count = Field(4, description="Requests under way at a time; changes the time, not the rows.")
+    timeout_s: Positive = Field(120.0, description="Seconds without an answer after which a request has failed.")
+    retries: Whole = Field(
+        5,
+        description="How often a request is tried again after 408, 429, 5xx, no answer or no connection, after growing waits.",
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        parts = urlsplit(value)
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError(
+                "must hold no user, password, `?` or `#`, since recipes are written to disk; `api_key_env` names where a key is"
+            )
+        bare = parts.scheme in ("http", "https") and parts.hostname and re.fullmatch(r"[!-~]+", value)
+        if not bare:
+            raise ValueError(f"must be an address such as http://127.0.0.1:8000/v1, got {value!r}")
+        _ = parts.port  # a ValueError of its own for what is none
+        if parts.path.rstrip("/").endswith("/completions"):
+            raise ValueError(
+                f"got {value!r}; leave out the end from `/chat/completions` or `/completions` on, which is added to it"
+            )
+        return value.rstrip("/")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_name(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]*", value):  # what was got may be a key: it is not said
+            raise ValueError(
+                "must be the name of an environment variable, in capitals, such as OPENAI_API_KEY, and not a key itself"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _has_an_effect(self) -> Self:
+        if self.temperature == 0 and (useless := _changed(self, "n", "top_p")):
+            raise ValueError(f"{useless[0]!r} has no effect at temperature 0, where all answers to a prompt are one; raise it")
+        settings = {"temperature": "temperature", "top_p": "top_p", "max_tokens": "max_completion_length"}
+        for key, value in self.extra_body.items():
+            if key in ("model", "messages", "prompt", "n", "stream"):
+                raise ValueError(f"extra_body.{key} is set by crosstrain; leave it out")
+            if key in settings and value is not None:
+                raise ValueError(f"extra_body.{key}: write it as {settings[key]!r}, beside 'model'")
+        return self
+
+
 class DataSpec(BaseModel):
     """One stream of examples: a file, a task that makes them, or a mixture of such. A bare string is a path; in Python, rows may be
     given."""
@@ -136,6 +208,9 @@ class DataSpec(BaseModel):
     )
     seed: Seed = 0
     system_prompt: str | None = Field(None, description="System message put before every prompt that has none.")
+    teacher: TextTeacherSpec | None = Field(
+        None, description="A server whose answers to the rows' prompts are the demonstrations; text is all it gives."
+    )
     filter: FilterSpec | None = Field(None, description="Rows that are left out.")
     select: SelectSpec | None = Field(None, description="Rows that are chosen of the others, as the untrained model sees them.")
     order: OrderSpec | None = Field(None, description="A curriculum; rows are shuffled anew each epoch when not given.")

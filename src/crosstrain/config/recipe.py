@@ -6,7 +6,8 @@ setting. Unknown keys are errors, and so is a setting that could have no effect.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
@@ -95,12 +96,27 @@ class SaveSpec(BaseModel):
     best_mode: Literal["max", "min"] = Field("max", description="Whether higher (max) or lower (min) is better.")
 
 
+def _not_a_server(value: Any) -> Any:
+    """A teacher as it is; ValueError for a server, whose probabilities of all tokens nobody can ask for."""
+    name = value.get("name") if isinstance(value, Mapping) else value
+    server = isinstance(value, Mapping) and "base_url" in value
+    if server or (isinstance(name, str) and name.lower().startswith(("http://", "https://"))):
+        raise ValueError(
+            "a server gives text only, and gkd, on_policy_distillation, sdft and whatever else compares distributions need "
+            "log-probs of the whole vocabulary; name a model folder or hub id, or train on the server's answers, with any method "
+            "for demonstrations: they are asked for by `data: {path: FILE, teacher: {base_url: URL, model: NAME}}` (docs/data.md)"
+        )
+    return value
+
+
 class Recipe(BaseModel):
     """Everything that determines one run. Stage keys may stand at the top level when there is one stage."""
 
     model_config = STRICT
     model: ModelSpec = Field(default_factory=ModelSpec)
-    teacher: ModelSpec | None = Field(None, description="Model to learn from, for the methods that distil one; never trained.")
+    teacher: Annotated[ModelSpec | None, BeforeValidator(_not_a_server)] = Field(
+        None, description="Model to learn from, for the methods that distil one; never trained."
+    )
     data: Annotated[dict[str, DataSpec], BeforeValidator(streams)] = Field(
         min_length=1, description="Named streams of examples; a single one is called `train`."
     )

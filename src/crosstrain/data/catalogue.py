@@ -32,6 +32,19 @@ class DataMethod:
 
 DATA_METHODS: tuple[DataMethod, ...] = (
     DataMethod(
+        "sequence-level distillation",
+        "teacher: {base_url, model, temperature, n}",
+        "has a server's answers to the prompts as demonstrations, for whatever method learns from those",
+        "arXiv:1606.07947",
+        2016,
+        works="For translation the best student of its teacher's answers is 4.2 BLEU better, with greedy decoding, than with no "
+        "teacher, and ten times as fast as the teacher with little loss (arXiv:1606.07947).",
+        fails="Answers of a stronger chat model are found to teach its style more than what it knows (arXiv:2305.15717). Where the "
+        "teacher's probabilities can be had, a student does better on answers of its own that it grades (arXiv:2306.13649).",
+        deviates="An answer is the teacher's greedy one, or sampled; the paper's is the best of a beam search. The paper's "
+        "interpolation, which takes of a beam what is nearest to a reference, is not there.",
+    ),
+    DataMethod(
         "length filter",
         "filter: {min_length, max_length}",
         "leaves out rows whose answers have too few or too many tokens",

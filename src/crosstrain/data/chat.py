@@ -48,7 +48,7 @@ def encode(
     the template cannot be split, or when the row lacks what a context names.
     """
     if system_prompt is not None:
-        row = _with_system(row, system_prompt)
+        row = with_system(row, system_prompt)
     if row.kind == "messages":
         first = next((i for i, m in enumerate(row.messages) if m["role"] == "assistant"), None)
         if first is None:
@@ -277,7 +277,9 @@ def _ids(tokenizer: Any, text: str, *, chat: bool) -> list[int]:
     return ids[:-1] if added else ids
 
 
-def _with_system(row: Row, system_prompt: str) -> Row:
+def with_system(row: Row, system_prompt: str) -> Row:
+    """The row with that system message before its prompt, where it has none of its own."""
+
     def add(messages: Any) -> Any:
         if isinstance(messages, str):
             raise UserError(f"{row.where}: system_prompt needs chat messages, and this prompt is plain text")
