@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,32 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
     record = json.loads((whole.folder / "record.json").read_text())
     assert record["teacher"] == (str(world / "teacher") if teacher else None) and not record["warnings"]
     assert record["predicted"]["steps"] == 3 * len(METHODS[name])
+
+
+@pytest.mark.parametrize(("whose", "method"), [("teacher", "gkd"), ("model", "asft")])
+def test_a_run_whose_teacher_or_reference_changed_under_its_name_does_not_go_on(
+    world: Path, tmp_path: Path, whose: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / whose
+    shutil.copytree(world / whose, mine)
+    content = recipe(world, method, **{whose: str(mine)})
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(run._Run, "_keep_best", _killed_at_2)
+        crosstrain.train(content, tmp_path / "run")
+    save_tiny_model(mine, seed=6)
+    with pytest.raises(UserError, match=f"the weights of the {whose}, {mine}, have changed since this run began"):
+        crosstrain.train(content, tmp_path / "run")
+    shutil.rmtree(mine)
+    shutil.copytree(world / whose, mine)
+    crosstrain.train(content, tmp_path / "run")
+    crosstrain.train(content, tmp_path / "anew")
+    one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "anew"))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def _killed_at_2(self: Any, line: dict[str, Any]) -> None:
+    if line["step"] == 2:
+        raise Killed
 
 
 @pytest.mark.parametrize("method", [SDFT, LIVE, AVERAGED, "asft", "gkd"], ids=str)

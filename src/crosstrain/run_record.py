@@ -18,6 +18,7 @@ from crosstrain.training.engine import Engine
 from crosstrain.training.loop import Progress
 from crosstrain.training.probe import matmul_speed
 from crosstrain.training.record import hardware, versions
+from crosstrain.training.reference import weights_hash
 
 
 def setup(recipe: Recipe, ready: Prepared, engine: Engine) -> dict[str, Any]:
@@ -27,6 +28,7 @@ def setup(recipe: Recipe, ready: Prepared, engine: Engine) -> dict[str, Any]:
         "recipe_hash": config_hash(recipe),
         "model": describe_model(recipe.model.name),
         "teacher": None if ready.teacher is None or recipe.teacher is None else describe_model(recipe.teacher.name),
+        "weights": _weights(ready),
         "parameters": engine.parameters,
         "precision": ready.precision,
         "layout": engine.layout,
@@ -50,10 +52,26 @@ def check_unchanged(folder: Path, record: Mapping[str, Any], found: Mapping[str,
     for key in ("data", "template_hash", "precision", "teacher"):
         before = record.get(key, found[key])
         if before != found[key]:
-            raise UserError(
-                f"{folder}: {key} has changed since this run began (then {before}, now {found[key]}), so it cannot go on "
-                "as it was; put it back, or start anew in another --out"
-            )
+            raise _changed(folder, f"{key} has", before, found[key])
+    for whose, now in found["weights"].items():
+        before = record.get("weights", found["weights"])[whose]  # records of earlier versions have none
+        if before != now:
+            raise _changed(folder, f"the weights of the {whose}, {found[whose]}, have", before, now)
+
+
+def _changed(folder: Path, what: str, before: Any, now: Any) -> UserError:
+    return UserError(
+        f"{folder}: {what} changed since this run began (then {before}, now {now}), so it cannot go on as it was; put it back, or "
+        "start anew in another --out"
+    )
+
+
+def _weights(ready: Prepared) -> dict[str, str | None]:
+    """sha256 of the weights that were loaded by name: a resumed run reads them again, for its reference, base and teacher."""
+    if ready.teacher is None:
+        return {"model": weights_hash(ready.model), "teacher": None}
+    with ready.teacher.opened() as teacher:
+        return {"model": weights_hash(ready.model), "teacher": weights_hash(teacher)}
 
 
 def measured(recipe: Recipe, ready: Prepared, progress: Progress) -> dict[str, Any]:

@@ -73,12 +73,24 @@ def name_of(model: Any, trajectories: Iterable[Trajectory], layout: Layout, toke
     """sha256 of everything that what a model makes of trajectories depends on, the order and cut of the computation included."""
     config = model.config
     setting = [layout, tokens_per_micro_batch, config.to_json_string(), config._attn_implementation, why_not(model)]
-    digest = hashlib.sha256(repr([*setting, str(next(model.parameters()).device), sorted(versions().items())]).encode())
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    setting += [weights_hash(model), str(next(model.parameters()).device), sorted(versions().items())]
+    digest = hashlib.sha256(repr(setting).encode())
     for t in trajectories:
         digest.update(repr(_key(t.tokens, t.source)).encode())
+    return digest.hexdigest()
+
+
+def weights_hash(model: Any) -> str:
+    """sha256 of a model's parameters: their names, types, shapes and values.
+
+    >>> from crosstrain.testing import tiny_model
+    >>> weights_hash(tiny_model(seed=0)) == weights_hash(tiny_model(seed=0)) != weights_hash(tiny_model(seed=1))
+    True
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
