@@ -170,6 +170,16 @@ def test_replay_waits_until_enough_is_solved_and_then_stays() -> None:
     assert state["active"]
 
 
+def test_a_replayed_group_keeps_its_stream() -> None:
+    """A stage may draw the plan's `train` from a stream of another name, which the ids of its examples start with."""
+    method = load_method("replay", num_generations=2, replay_ratio=1.0)
+    example = Example("prompts/a.jsonl:0@3", "", (1,))
+    state = ready(method, **method.remember(method.init(), [replace(success("a", 1, 0), example=example)]))
+    assert method.plan.recall is not None
+    [found] = method.plan.recall(state, {"prompts/a.jsonl:0": example}.__getitem__)
+    assert found.stream == "train"
+
+
 def test_replay_draws_prompts_by_their_rate_each_once() -> None:
     """Three rates; two prompts share one. Of single draws the shares are normal densities, a rate's shared by its prompts."""
     memory = {"train:a": 0.5, "train:b": 0.5, "train:c": 0.9, "train:d": 0.1}

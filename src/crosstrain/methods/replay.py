@@ -82,8 +82,8 @@ def replay(
         if not state["active"]:
             return ()
         names = draw(state, round(replay_ratio * state["batch_size"]), target_rate, rate_std)
-        found = [(by_id(name), state["memory"][name]["kept"]) for name in names]
-        return [Group(e, (replayed(likeliest(kept), e),), e.id.rpartition(":")[0]) for e, kept in found]
+        found = [(by_id(name), state["memory"][name]) for name in names]
+        return [Group(e, (replayed(likeliest(known["kept"]), e),), known["stream"]) for e, known in found]
 
     def remember(state: State, groups: Sequence[Group]) -> State:
         memory = dict(state["memory"])
@@ -93,7 +93,8 @@ def replay(
             kept = memory.pop(name, {"kept": []})["kept"]
             new = [as_json(t) for t in group.by(Source.POLICY) if t.reward is not None and t.reward > solved_above]
             if rate < 1 and (kept or new):
-                memory[name] = {"rate": rate, "seen": state["step"], "kept": [*kept, *new][-per_prompt:]}
+                kept = [*kept, *new][-per_prompt:]
+                memory[name] = {"rate": rate, "seen": state["step"], "kept": kept, "stream": group.stream}
         latest = sorted(memory, key=lambda name: (-memory[name]["seen"], name))[:capacity]
         solved = statistics.fmean(rate for _, rate in rates) if rates else 0.0
         return {
