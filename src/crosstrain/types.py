@@ -531,7 +531,8 @@ class Method:
         moved, in `update`'s metrics as `moved/<parameter>` (root mean square over its entries), since the start of the latest step
         for which this was true; since the first step there was, where none was. Keeps a copy of the trained weights.
     saves: what a run that ends with it leaves: the language model, or a sequence classifier of it and the value head.
-    probes: quantities to measure at every step and hand to `update`: `grad_norm/<term>`, the norm of that term's gradient alone.
+    probes: quantities to measure and hand to `update`: `grad_norm/<term>`, the norm of that term's gradient alone, at a pass
+        forward and backward each. probing: whether a step measures them, by state; every step does where it is None.
     name, settings, paper: how it was made, for records.
     """
 
@@ -558,6 +559,7 @@ class Method:
     grad_mask: Callable[[State], Callable[[str], bool]] | None = None
     movement: Callable[[State], bool] | None = None
     probes: tuple[str, ...] = ()
+    probing: Callable[[State], bool] | None = None
     saves: Literal["language model", "reward model"] = "language model"
     name: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -574,8 +576,10 @@ class Method:
         return column in self.needs or any(c.of == weights for c in self.comparisons.values())
 
     def at(self, state: State) -> Method:
-        """The method with the coefficients that its terms have at a state."""
-        if self.coefs is None:
-            return self
-        factors = self.coefs(state)
-        return replace(self, terms=tuple(t.scaled(factors[t.name]) if t.name in factors else t for t in self.terms))
+        """The method with the coefficients that its terms have at a state, and the probes that are measured there."""
+        factors = {} if self.coefs is None else self.coefs(state)
+        return replace(
+            self,
+            terms=tuple(t.scaled(factors[t.name]) if t.name in factors else t for t in self.terms),
+            probes=self.probes if self.probing is None or self.probing(state) else (),
+        )

@@ -267,6 +267,10 @@ def test_settings_that_make_no_sense_are_refused(name: str, settings: dict[str, 
         load_method(name, **settings)
 
 
-def test_without_a_meta_gradient_no_further_passes_are_made() -> None:
-    assert load_method("amft", meta_lr=0.0).probes == ()
-    assert load_method("amft").probes == ("grad_norm/rl", "grad_norm/demo")
+def test_further_passes_are_made_only_in_the_steps_of_a_meta_gradient() -> None:
+    """After two steps of warm-up every third one, whose line has both norms."""
+    method = load_method("amft", warmup_steps=2, meta_every=3)
+    assert [step for step in range(10) if method.at({**MAIN, "step": step}).probes] == [2, 5, 8]
+    assert load_method("amft", meta_lr=0.0).at({**MAIN, "step": 50}).probes == ()
+    metrics = learn(method, model_for(), Bandit.ending(), steps=7)
+    assert [i for i, line in enumerate(metrics) if "grad_norm/rl" in line] == [2, 5]

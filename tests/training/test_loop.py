@@ -429,6 +429,26 @@ def test_probes_measure_each_terms_gradient_and_change_nothing_else() -> None:
     assert spent[1] > spent[0], "two more passes forward and backward cost nothing"
 
 
+def test_a_step_that_measures_no_probes_makes_and_counts_no_pass_for_them() -> None:
+    """The state counts steps; the second of two measures. Until then it is as without probes, and costs as much."""
+    grpo = replace(
+        load_method("grpo", num_generations=3), init=lambda: {"step": 0}, update=lambda s, m: {"step": s["step"] + 1}
+    )
+    plain, every, second = (
+        Run(method)
+        for method in (
+            grpo,
+            replace(grpo, probes=("grad_norm/rl",)),
+            replace(grpo, probes=("grad_norm/rl",), probing=lambda state: state["step"] == 1),
+        )
+    )
+    lines = [[step.metrics for step in run.steps()] for run in (plain, every, second)]
+    assert [["grad_norm/rl" in line for line in some] for some in lines] == [[False] * 2, [True] * 2, [False, True]]
+    none, both, one = ([line["cost/processed_tokens"] for line in some] for some in lines)
+    assert none[0] == one[0] < both[0] and one[1] - one[0] == both[1] - both[0]
+    assert unchanged(second.model, weights(plain.model))
+
+
 def test_an_unknown_probe_is_refused() -> None:
     with pytest.raises(UserError, match="unknown probe 'grad_norm/lr'; did you mean 'grad_norm/rl'"):
         Run(replace(load_method("rloo"), probes=("grad_norm/lr",))).steps()

@@ -49,11 +49,10 @@ def amft(
 
     mu: the weight of imitation after warm-up, at first; 0.8 in the authors' settings, 0.5 in their class. mu_lowest, mu_highest:
     the bounds of mu, from the authors' settings. entropy_lr: how fast entropy moves mu, from the authors' settings. meta_lr: how
-    fast the meta-gradient moves mu, from the authors' settings; 0 turns it off, and with it two further passes per step.
-    meta_every: steps from one meta-gradient to the next, from the authors' settings. warmup_steps: steps that imitate alone at
-    first, from the authors' settings. demonstration_share: the
-    share of demonstrations in the step's examples, where there are two streams. rollouts_from, demonstrations_from: the data
-    streams; with one name for both, each row gives both.
+    fast the meta-gradient moves mu, from the authors' settings; 0 turns it off. meta_every: steps from one meta-gradient to the
+    next, from the authors' settings; each takes two further passes over its step's batch. warmup_steps: steps that imitate alone at
+    first, from the authors' settings. demonstration_share: the share of demonstrations in the step's examples, where there are two
+    streams. rollouts_from, demonstrations_from: the data streams; with one name for both, each row gives both.
     """
     if not 0 < mu_lowest <= mu <= mu_highest < 1:
         raise ValueError(
@@ -67,6 +66,10 @@ def amft(
     if meta_lr == 0 and meta_every != 20:
         raise ValueError("meta_every has no effect: meta_lr is 0")
 
+    def probing(state: State) -> bool:
+        after = int(state["step"]) - warmup_steps
+        return after >= 0 and after % meta_every == 0
+
     def coefs(state: State) -> Mapping[str, float]:
         now = 1.0 if state["step"] < warmup_steps else state["mu"]
         return {"rl": 1 - now, "demo": now}
@@ -77,7 +80,7 @@ def amft(
             return after
         target = entropy if state["target"] is None else state["target"]
         moved = state["mu"] + entropy_lr * (target - entropy)
-        if meta_lr and (state["step"] - warmup_steps) % meta_every == 0:
+        if meta_lr and probing(state):
             moved += meta_lr * reward_derivative(metrics, state["mu"])
         return {**after, "target": target, "mu": min(max(moved, mu_lowest), mu_highest)}
 
@@ -98,6 +101,7 @@ def amft(
         update=update,
         coefs=coefs,
         probes=("grad_norm/rl", "grad_norm/demo") if meta_lr else (),
+        probing=probing,
     )
 
 

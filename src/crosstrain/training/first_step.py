@@ -105,10 +105,11 @@ def _measure_update(
         started = clock(engine.device)
         backward(engine, method, largest, counts, Meter())
         seconds.append(clock(engine.device) - started)
-    tokens = distinct_tokens(batch) * method.updates.epochs * passes(method)
+    times_gone_through = method.updates.epochs * passes(method, method.init())
+    tokens = distinct_tokens(batch) * times_gone_through
     times = tokens / distinct_tokens(largest)
     cost = Cost().forward_backward(tokens, engine.parameters).took(statistics.median(seconds) * times)
-    cost += beside_cost(engine, method, batch) * (method.updates.epochs * passes(method))
+    cost += beside_cost(engine, method, batch) * times_gone_through
     return cost, peak_memory_gb(engine.device)
 
 

@@ -130,8 +130,8 @@ def train_stage(
                 learning_rate = settings.learning_rate * factor
                 line = update(engine, method, minibatch, optimizer, settings, learning_rate, progress, collected)
                 if line is not None:
-                    trained += distinct_tokens(minibatch) * passes(method)
-                    others += beside_cost(engine, method, minibatch) * passes(method)
+                    trained += distinct_tokens(minibatch) * passes(method, progress.state)
+                    others += beside_cost(engine, method, minibatch) * passes(method, progress.state)
                     moved = sampled_otherwise(engine, method) or (bool(lines) and "old_logp" not in batch.columns)
                     lines.append(without_logp_difference(line) if moved else line)
                     progress.optimizer_steps += 1
@@ -208,9 +208,9 @@ def sampled_otherwise(engine: Engine, method: Method) -> bool:
     return method.start_from == "base" or other
 
 
-def passes(method: Method) -> int:
-    """Forward and backward passes of an update: its own, and one for each probe."""
-    return 1 + len(method.probes)
+def passes(method: Method, state: State) -> int:
+    """Forward and backward passes of an update: its own, and one for each probe that is measured at this state."""
+    return 1 + len(method.at(state).probes)
 
 
 def _check_ends(method: Method, settings: StageSettings) -> None:
