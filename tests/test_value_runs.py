@@ -134,6 +134,26 @@ def test_a_stage_from_the_base_starts_with_a_new_head(world: Path, tmp_path: Pat
     assert means[0] == means[3] == 0.0 and 0.0 not in (means[2], means[4], means[6])
 
 
+def test_a_stage_that_reads_no_values_leaves_the_head_as_it_was(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weight decay and moments that are kept would move it."""
+    heads: list[tuple[torch.Tensor, torch.Tensor]] = []
+    save = checkpoint.save
+
+    def remember(folder: Path, step: int, found: checkpoint.Checkpoint, **more: Any) -> Path:
+        if found.moments:
+            heads.append((found.weights["value_head.weight"].clone(), found.moments["value_head.weight/exp_avg"].clone()))
+        return save(folder, step, found, **more)
+
+    monkeypatch.setattr(checkpoint, "save", remember)
+    rloo = {"method": {"rloo": {"num_generations": 2}}, "restart_optimizer": False, "weight_decay": 0.1}
+    crosstrain.train(recipe(world, {"method": PPO}, rloo, {"method": PPO}, save={"save_steps": 1}), tmp_path / "run")
+    # at steps 1 to 3 and the first stage's end, at steps 4 to 6 and the second's, and then steps 7 to 9
+    assert len(heads) == 11 and not torch.equal(heads[2][0], heads[8][0])
+    assert all(torch.equal(one, other) for before in heads[4:8] for one, other in zip(heads[3], before, strict=True))
+
+
 def test_the_head_may_learn_faster_than_the_model(world: Path, tmp_path: Path) -> None:
     one = {"method": {"ppo": {"num_generations": 2, "num_ppo_epochs": 1}}, "max_steps": 2, "learning_rate": 1e-5}
     slow = crosstrain.train(recipe(world, one), tmp_path / "slow", save_weights=False)
