@@ -23,8 +23,9 @@ from crosstrain.explain_step import explain_step
 from crosstrain.explain_text import notes, sentence, show
 from crosstrain.methods import load_method
 from crosstrain.models import load_weights
-from crosstrain.prepare import Prepared, base_engine, keeps_reference, prepare
+from crosstrain.prepare import Prepared, base_engine, prepare
 from crosstrain.training.engine import Engine
+from crosstrain.training.reference import kept_reference
 from crosstrain.training.score import choose_layout
 from crosstrain.types import Method
 
@@ -125,7 +126,7 @@ def _check(asked: Asked, method: Method) -> None:
     useless = {
         "--reward": bool(asked.rewards) and not method.plan.asks_for_rewards,
         "--max-completion-length": asked.max_completion_length is not None and not samples,
-        "--reference": asked.reference is not None and not keeps_reference(method),
+        "--reference": asked.reference is not None and kept_reference(method, first=True) is None,
         "--teacher": asked.teacher is not None and not method.reads("teacher"),
         "--old": asked.old is not None and "old_logp" not in method.needs and not samples,
     }

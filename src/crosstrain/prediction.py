@@ -17,6 +17,7 @@ from crosstrain.training.cost import Cost
 from crosstrain.training.display import about
 from crosstrain.training.engine import Engine
 from crosstrain.training.first_step import FirstStep, measure_first_step
+from crosstrain.training.reference import kept_reference
 from crosstrain.types import Method
 
 
@@ -80,7 +81,7 @@ def plan_stages(recipe: Recipe, ready: Prepared, engine: Engine) -> tuple[StageP
             # a gate may have no use for any in one batch; that it never will cannot be meant, and steps could not be told
             cost = cost.used_demonstrations(stage.batch_size)
         again = i > 0 or stage.repeat_until_budget
-        if again and method.reads("reference") and method.reference == "stage_start":  # a second reference, beside the base
+        if kept_reference(method, first=not again) == "stage_start":  # which is not there yet
             memory += sum(p.numel() * p.element_size() for p in ready.model.parameters()) / 2**30
         if method.start_from == "base":  # which is loaded anew for every step
             memory += sum(4 * p.numel() for p in ready.model.parameters()) / 2**30

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,12 +13,12 @@ import torch
 from torch import nn
 
 from crosstrain import assemble, checks
-from crosstrain.config import Recipe
+from crosstrain.config import Recipe, Stage
 from crosstrain.models import resolve_device
 from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine, Teacher
 from crosstrain.training.optimizer import Optimizer, Precision
-from crosstrain.training.reference import Known, known_reference
+from crosstrain.training.reference import Known, kept_reference, known_reference
 from crosstrain.types import Method
 from crosstrain.value_head import make_value_head
 
@@ -60,7 +61,7 @@ def prepare(recipe: Recipe, *, ask: bool = True) -> Prepared:
 
 
 def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
-    """The engine of the first stage, with the model as it is now for reference where any stage needs one while it trains.
+    """The engine of a run, with the model as it is now for reference where any stage compares with that while it trains.
 
     UserError when a method samples and `rewards` is None.
     """
@@ -73,22 +74,45 @@ def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
     engine = replace(engine, value_head=ready.value_head, teacher=ready.teacher, base=base, average=average)
     if any(method.inputs is not None for method in ready.methods):
         engine = replace(engine, frozen_embeddings=deepcopy(ready.model.get_input_embeddings()).requires_grad_(False))
-    stages = zip(recipe.stages, ready.methods, strict=True)
-    if not any(keeps_reference(method) and not stage.precompute_ref_log_probs for stage, method in stages):
+    if all(recipe.stages[i].precompute_ref_log_probs for i in _that_keep_base(ready)):
         return engine
     return replace(engine, reference=assemble.make_reference(ready.model, recipe.model.lora is not None))
 
 
-def keeps_reference(method: Method) -> bool:
-    """Whether a method compares with weights that have to be kept."""
-    return method.reads("reference") and method.reference != "previous"
-
-
 def known_base(recipe: Recipe, ready: Prepared, engine: Engine) -> dict[int, Known]:
     """By stage, its data's log-probs under the model as it is now, before training, where they are asked for beforehand."""
-    stages = enumerate(zip(recipe.stages, ready.methods, strict=True))
-    wanted = [i for i, (stage, method) in stages if stage.precompute_ref_log_probs and (i == 0 or method.reference == "base")]
+    wanted = [i for i in _that_keep_base(ready) if recipe.stages[i].precompute_ref_log_probs]
     return {i: known_log_probs(engine, ready.methods[i], ready.model) for i in wanted}
+
+
+def _that_keep_base(ready: Prepared) -> list[int]:
+    """The stages, the first time that each comes, that compare with the weights that the run starts with."""
+    return [i for i, method in enumerate(ready.methods) if kept_reference(method, first=i == 0) == "base"]
+
+
+def with_reference(
+    engine: Engine,
+    stage: Stage,
+    method: Method,
+    *,
+    first: bool,
+    known: Known | None,
+    at_start: Callable[[], Callable[[], AbstractContextManager[Any]]],
+) -> Engine:
+    """The run's engine with what a stage compares with: a model, or its log-probs of all data where they are asked for beforehand.
+
+    first: whether it is the run's first stage. known: those log-probs under the weights that the run started with. at_start: makes
+    the model with the weights that the stage started with.
+    """
+    if kept_reference(method, first=first) == "stage_start":
+        engine, known = replace(engine, reference=at_start()), None
+    if not stage.precompute_ref_log_probs:
+        return engine
+    if known is None:
+        assert engine.reference is not None
+        with engine.reference() as model:
+            known = known_log_probs(engine, method, model)
+    return replace(engine, reference=None, known_reference=known)
 
 
 def known_log_probs(engine: Engine, method: Method, model: Any) -> Known:

@@ -23,7 +23,7 @@ from crosstrain.memory import give_back
 from crosstrain.models import save_model
 from crosstrain.planning import RunPlan, plan
 from crosstrain.prediction import plan_stages, predict
-from crosstrain.prepare import base_engine, known_base, known_log_probs, prepare
+from crosstrain.prepare import base_engine, known_base, prepare, with_reference
 from crosstrain.reward_models import save_reward_model
 from crosstrain.rewards.child import check_not_in_worker
 from crosstrain.run_evaluation import asks_nothing, evaluate_base, evaluate_trained
@@ -43,7 +43,7 @@ from crosstrain.training.record import (
     peak_memory_gb,
     reset_peak_memory,
 )
-from crosstrain.training.reference import Known
+from crosstrain.training.reference import Known, kept_reference
 from crosstrain.training.switch import Watch, look, stage_after
 from crosstrain.training.tally import Tally
 from crosstrain.training.trackers import Log, trackers
@@ -159,7 +159,9 @@ class _Run:
         if not self.started:
             self._begin(stage, method)
         settings = assemble.stage_settings(self.recipe, stage, self.progress.stage_cost)
-        engine = self._with_reference(engine, stage, method)
+        known, first = self.known.get(self._at), self.progress.stage == 0
+        engine = with_reference(engine, stage, method, first=first, known=known, at_start=self._stage_start_reference)
+        engine = self._with_average(engine, method)
         why = ""
         lines: list[dict[str, Any]] = []
         share = stage_progress(settings, self.progress)
@@ -228,27 +230,15 @@ class _Run:
         self.average = None if method.average is None else Average(self.model, self.optimizer.weights())
         self.watch = Watch()
         self.started = True
-        if method.reads("reference") and method.reference == "stage_start" and not first:
+        if kept_reference(method, first=first) == "stage_start":
             write_folder(self.folder / "reference", lambda d: save_file(self._weights(), d / "weights.safetensors"))
 
-    def _with_reference(self, engine: Engine, stage: Stage, method: Method) -> Engine:
-        """The engine with what the stage compares with: a model, its log-probs of all data, or an average of past weights."""
-        if self.average is not None and method.average is not None:
-            average, rate = self.average, method.average
-            engine = replace(
-                engine, average=average.opened, after_update=lambda: average.follow(self.optimizer.weights(), rate)
-            )
-        if method.reads("reference") and method.reference == "stage_start" and self.progress.stage > 0:
-            engine = replace(engine, reference=self._stage_start_reference())
-        if not stage.precompute_ref_log_probs:
+    def _with_average(self, engine: Engine, method: Method) -> Engine:
+        """The engine with the average of past weights that the stage compares with, if it does."""
+        if self.average is None or method.average is None:
             return engine
-        moved = self.progress.stage > 0 and method.reference == "stage_start"
-        known = None if moved else self.known.get(self._at)
-        if known is None:
-            assert engine.reference is not None
-            with engine.reference() as model:
-                known = known_log_probs(engine, method, model)
-        return replace(engine, reference=None, known_reference=known)
+        average, rate = self.average, method.average
+        return replace(engine, average=average.opened, after_update=lambda: average.follow(self.optimizer.weights(), rate))
 
     def _stage_start_reference(self) -> Any:
         current = {n: m.clone() for n, m in self.optimizer.weights().items()}

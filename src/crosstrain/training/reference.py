@@ -1,4 +1,4 @@
-"""The reference's log-probs of fixed data, computed once for a whole dataset and kept between runs."""
+"""Which weights a stage compares with, and their log-probs of fixed data, computed once and kept between runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,7 @@ from crosstrain.errors import UserError
 from crosstrain.served import why_not
 from crosstrain.training.record import versions
 from crosstrain.training.score import Layout, trajectory_logps
-from crosstrain.types import Batch, Example, Trajectory
+from crosstrain.types import Batch, Example, Method, Trajectory
 
 Known = Mapping[tuple[tuple[int, ...], tuple[int, ...]], Tensor]
 """Log-probs [T] of a sequence by its tokens and the author of each; 0 on prompt tokens."""
@@ -26,6 +26,17 @@ Known = Mapping[tuple[tuple[int, ...], tuple[int, ...]], Tensor]
 
 SLICE = 512
 """Sequences that are laid out together: a rectangle of a whole dataset would not fit into memory."""
+
+
+def kept_reference(method: Method, *, first: bool) -> Literal["base", "stage_start"] | None:
+    """Which weights have to be kept for a stage to compare with: those that the run started with, or the stage itself.
+
+    None where it compares with none, or with those that a step starts with, which are there. first: whether it is the run's first
+    stage, whose start is the run's.
+    """
+    if not method.reads("reference") or method.reference == "previous":
+        return None
+    return "base" if first else method.reference
 
 
 def known_reference(
