@@ -207,9 +207,14 @@ def cost_of_data(recipe: Recipe, loaded: Loaded, model: Any) -> Cost:
     return cost
 
 
-def value_factor(stage: Stage) -> float:
-    """The value head's learning rate, as a multiple of the stage's."""
-    return 1.0 if stage.value_learning_rate is None else stage.value_learning_rate / stage.learning_rate
+def adamw_settings(stage: Stage) -> dict[str, Any]:
+    """AdamW's numbers for a stage, as `Optimizer.begin` takes them."""
+    return {
+        "weight_decay": stage.weight_decay,
+        "betas": (stage.adam_beta1, stage.adam_beta2),
+        "eps": stage.adam_epsilon,
+        "value_factor": 1.0 if stage.value_learning_rate is None else stage.value_learning_rate / stage.learning_rate,
+    }
 
 
 @contextlib.contextmanager

@@ -51,6 +51,11 @@ def check_rewards(method: Method, rewards: object | None) -> None:
         )
 
 
+def warnings(recipe: Recipe, methods: Sequence[Method], loaded: Loaded) -> tuple[str, ...]:
+    """Everything to be said about a run before it starts."""
+    return (*loaded.warnings, *unused_settings(recipe, methods), *short_iterations(recipe, methods, loaded))
+
+
 def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
     """A warning for every setting that none of the recipe's stages has a use for; arms of a study share settings, so no error."""
     drawn = {name for method in methods for name in origins(method)}

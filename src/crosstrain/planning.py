@@ -73,11 +73,7 @@ def plan(recipe: Recipe) -> RunPlan:
         precision=ready.precision,
         device=str(ready.device),
         rows=dict(ready.loaded.rows),
-        warnings=(
-            *ready.loaded.warnings,
-            *checks.unused_settings(recipe, ready.methods),
-            *checks.short_iterations(recipe, ready.methods, ready.loaded),
-        ),
+        warnings=checks.warnings(recipe, ready.methods, ready.loaded),
         stages=stages,
         predicted=predict(stages, ready.data_cost),
     )

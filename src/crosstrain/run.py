@@ -10,13 +10,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-
 from crosstrain import assemble, checks, run_record
 from crosstrain.card import model_card
-from crosstrain.config import Recipe, Stage, SwitchSpec, config_hash, load_recipe, parse
-from crosstrain.data.mixtures import Mixture
+from crosstrain.config import Recipe, Stage, config_hash, load_recipe, parse
 from crosstrain.errors import UserError, nearest
 from crosstrain.evaluate import BaseAnswers, measure_dev
 from crosstrain.memory import give_back
@@ -28,14 +24,15 @@ from crosstrain.reward_models import save_reward_model
 from crosstrain.rewards.child import check_not_in_worker
 from crosstrain.run_evaluation import asks_nothing, evaluate_base, evaluate_trained
 from crosstrain.run_folder import RunResult, folder_of, now, open_folder, result_of
+from crosstrain.run_progress import epochs, is_trained, share_done, stage_of
 from crosstrain.training import checkpoint
 from crosstrain.training.average import Average
-from crosstrain.training.checkpoint import Checkpoint, write_folder, write_json
+from crosstrain.training.checkpoint import Checkpoint, write_json
 from crosstrain.training.cost import Cost
 from crosstrain.training.display import Display
 from crosstrain.training.engine import Engine
 from crosstrain.training.gradient import NonFinite
-from crosstrain.training.loop import Progress, share_spent, stage_progress, train_stage
+from crosstrain.training.loop import Progress, StageSettings, Step, share_spent, stage_progress, train_stage
 from crosstrain.training.record import (
     append_lines,
     completion_lines,
@@ -44,7 +41,7 @@ from crosstrain.training.record import (
     reset_peak_memory,
 )
 from crosstrain.training.reference import Known, kept_reference
-from crosstrain.training.switch import Watch, look, stage_after
+from crosstrain.training.switch import Watch, look
 from crosstrain.training.tally import Tally
 from crosstrain.training.trackers import Log, trackers
 from crosstrain.types import Method
@@ -117,7 +114,7 @@ class _Run:
             self.known = known_base(self.recipe, self.ready, engine)
             self._resume()
             self._forget_peak()  # of loading: what is measured is training
-            self.display.start(self.folder.name, self._done())
+            self.display.start(self.folder.name, share_done(self.recipe, self.progress, started=self.started))
             try:
                 with self._trackers() as log:
                     while not self._trained():
@@ -126,7 +123,7 @@ class _Run:
                 self.display.finish()
         self.progress.tally = self.progress.tally.held(peak_memory_gb(self.device))
         if self.best:
-            self.optimizer.set_weights(load_file(self.folder / "best" / "weights.safetensors"))
+            self.optimizer.set_weights(checkpoint.load_weights(self.folder / "best"))
         self.optimizer.end()
         give_back()
         if save_weights:  # before the evaluation, whose failure must not lose it
@@ -143,60 +140,47 @@ class _Run:
 
     @property
     def _at(self) -> int:
-        """Which of the recipe's stages it is; `progress.stage` counts on through the rounds of repeated ones."""
-        return stage_after(self.progress.stage, [stage.repeat_until_budget for stage in self.recipe.stages])
+        return stage_of(self.recipe, self.progress)
 
     def _trained(self) -> bool:
-        """Whether no stage is under way and none is left, or what is left are rounds until the budget is spent, and it is."""
-        if self.started or self._at == len(self.recipe.stages):
-            return not self.started
-        budget = self.recipe.budget
-        rounds = budget is not None and self.recipe.stages[self._at].repeat_until_budget
-        return rounds and budget is not None and getattr(self.progress.cost, budget.unit) >= budget.amount
+        return is_trained(self.recipe, self.progress, started=self.started)
 
     def _stage(self, engine: Engine, log: Log) -> None:
+        """One stage, from its start or from where it was stopped."""
         stage, method = self.recipe.stages[self._at], self.methods[self._at]
         if not self.started:
             self._begin(stage, method)
         settings = assemble.stage_settings(self.recipe, stage, self.progress.stage_cost)
-        known, first = self.known.get(self._at), self.progress.stage == 0
-        engine = with_reference(engine, stage, method, first=first, known=known, at_start=self._stage_start_reference)
-        engine = self._with_average(engine, method)
-        why = ""
-        lines: list[dict[str, Any]] = []
-        share = stage_progress(settings, self.progress)
+        engine = self._with_reference(engine, stage, method)
+        why, share = "", stage_progress(settings, self.progress)
         for step in train_stage(engine, method, settings, self.optimizer, self.progress):
-            line = {"step": self.progress.step, "stage": self.progress.stage, "method": method.name, **step.metrics}
-            line |= {"epoch": self._epoch(), **self._epochs_of_sources()}
-            measured = self._measure_dev()
-            line |= measured
+            line = self._line(step, method)
             self._keep_best(line)
-            if self.progress.step % self.recipe.logging_steps == 0 or measured:
-                append_lines(self.folder / "metrics.jsonl", [line])
-                log(line)
-                if self.recipe.log_completions and method.plan.samples:
-                    lines = completion_lines(self.progress.step, step.groups, self.tokenizer.decode)
-                    append_lines(self.folder / "completions.jsonl", lines)
-            self.display.step(self._done(), line)
+            self._write(step, line, method, log)
             if method.plan.scored:
                 self._look_at_rewards(line)
-            if stage.until is not None and self._look(stage.until, method, line):
-                why = f"{stage.until.rule} of {stage.until.metric}"
+            if why := self._switch(stage, line, method) or self._idle(stage, settings, method, share):
                 break
-            before, share = share, stage_progress(settings, self.progress)
-            self.progress.idle = 0 if share > before else self.progress.idle + 1
-            if self.progress.idle >= IDLE_STEPS and settings.max_steps is None and stage.until is None:
-                why = f"{IDLE_STEPS} steps that spent nothing of its budget"
-                self._warn(f"step {self.progress.step}: {method.name} ends after {why} in a row; count it in another unit")
-                break
+            share = stage_progress(settings, self.progress)
             if self.progress.step % self.recipe.save.save_steps == 0:
                 self._save()
-        why = why or ("budget" if share_spent(settings, self.progress) >= 1.0 else "max_steps")
-        self.record["stages"].append({"method": method.name, "steps": self.progress.stage_step, "ended_by": why})
-        self.progress.stage += 1
-        self.started = False
-        self.average = None
-        self._save()
+        self._end(method, why or ("budget" if share_spent(settings, self.progress) >= 1.0 else "max_steps"))
+
+    def _line(self, step: Step, method: Method) -> dict[str, Any]:
+        """A step's line of metrics, with those on the development questions where it is time for them."""
+        line = {"step": self.progress.step, "stage": self.progress.stage, "method": method.name, **step.metrics}
+        return line | epochs(self.loaded, method, self.progress) | self._measure_dev()
+
+    def _write(self, step: Step, line: Mapping[str, Any], method: Method, log: Log) -> None:
+        """A step's line, and its completions, to the run's folder, the trackers and the display."""
+        measured = any(name.startswith("eval_") for name in line)
+        if self.progress.step % self.recipe.logging_steps == 0 or measured:
+            append_lines(self.folder / "metrics.jsonl", [line])
+            log(line)
+            if self.recipe.log_completions and method.plan.samples:
+                found = completion_lines(self.progress.step, step.groups, self.tokenizer.decode)
+                append_lines(self.folder / "completions.jsonl", found)
+        self.display.step(share_done(self.recipe, self.progress, started=self.started), line)
 
     def _look_at_rewards(self, line: Mapping[str, Any]) -> None:
         """Warn where a stage's first step, or all completions of any step, can teach nothing."""
@@ -206,6 +190,39 @@ class _Run:
         if math.isnan(line.get("reward", 0.0)):
             self._warn(f"{where}: no completion got a score, so the step taught nothing", once="got a score")
 
+    def _switch(self, stage: Stage, line: Mapping[str, Any], method: Method) -> str:
+        """Why the stage's own rule ends it after this step; nothing where it has none, or goes on."""
+        until = stage.until
+        if until is None:
+            return ""
+        value = line.get(until.metric)
+        if value is None:
+            looked = any(name.startswith("eval_") for name in line)
+            # a step may train on nothing, and one of a method that samples may sample nothing
+            partly = "loss" not in line or (method.plan.samples and "reward" not in line)
+            if looked if until.metric.startswith("eval_") else not partly:
+                raise UserError(f"until.metric: {until.metric!r} is not measured; {nearest(until.metric, line)}")
+            return ""
+        rule = {"rule": until.rule, "mode": until.mode}
+        self.watch = look(self.watch, value, **rule, min_delta=until.min_delta, reached=until.value)
+        return f"{until.rule} of {until.metric}" if self.watch.looks >= until.patience else ""
+
+    def _idle(self, stage: Stage, settings: StageSettings, method: Method, before: float) -> str:
+        """Why the stage is taken for endless: too many steps in a row left it where it was `before`. Else nothing."""
+        self.progress.idle = 0 if stage_progress(settings, self.progress) > before else self.progress.idle + 1
+        if self.progress.idle < IDLE_STEPS or settings.max_steps is not None or stage.until is not None:
+            return ""
+        why = f"{IDLE_STEPS} steps that spent nothing of its budget"
+        self._warn(f"step {self.progress.step}: {method.name} ends after {why} in a row; count it in another unit")
+        return why
+
+    def _end(self, method: Method, why: str) -> None:
+        self.record["stages"].append({"method": method.name, "steps": self.progress.stage_step, "ended_by": why})
+        self.progress.stage += 1
+        self.started = False
+        self.average = None
+        self._save()
+
     def _begin(self, stage: Stage, method: Method) -> None:
         """A stage's boundary: which weights, moments and schedule it starts with, and what it remembers."""
         first = self.progress.stage == 0
@@ -214,14 +231,8 @@ class _Run:
         if stage.init_from == "best":
             if not self.best:
                 raise UserError(f"stage {self.progress.stage}: init_from 'best', but no best checkpoint was kept before it")
-            self.optimizer.set_weights(load_file(self.folder / "best" / "weights.safetensors"))
-        self.optimizer.begin(
-            weight_decay=stage.weight_decay,
-            betas=(stage.adam_beta1, stage.adam_beta2),
-            eps=stage.adam_epsilon,
-            restart=stage.restart_optimizer or first,
-            value_factor=assemble.value_factor(stage),
-        )
+            self.optimizer.set_weights(checkpoint.load_weights(self.folder / "best"))
+        self.optimizer.begin(**assemble.adamw_settings(stage), restart=stage.restart_optimizer or first)
         if stage.restart_schedule:
             self.progress.optimizer_steps = 0
         self.progress.stage_step = self.progress.idle = 0
@@ -231,10 +242,12 @@ class _Run:
         self.watch = Watch()
         self.started = True
         if kept_reference(method, first=first) == "stage_start":
-            write_folder(self.folder / "reference", lambda d: save_file(self._weights(), d / "weights.safetensors"))
+            checkpoint.save_weights(self.folder / "reference", self.optimizer.weights())
 
-    def _with_average(self, engine: Engine, method: Method) -> Engine:
-        """The engine with the average of past weights that the stage compares with, if it does."""
+    def _with_reference(self, engine: Engine, stage: Stage, method: Method) -> Engine:
+        """The engine with what the stage compares with: a reference, and an average of past weights."""
+        known, first = self.known.get(self._at), self.progress.stage == 0
+        engine = with_reference(engine, stage, method, first=first, known=known, at_start=self._stage_start_reference)
         if self.average is None or method.average is None:
             return engine
         average, rate = self.average, method.average
@@ -242,7 +255,7 @@ class _Run:
 
     def _stage_start_reference(self) -> Any:
         current = {n: m.clone() for n, m in self.optimizer.weights().items()}
-        self.optimizer.set_weights(load_file(self.folder / "reference" / "weights.safetensors"))
+        self.optimizer.set_weights(checkpoint.load_weights(self.folder / "reference"))
         reference = assemble.make_reference(self.model, False)
         self.optimizer.set_weights(current)
         return reference
@@ -267,20 +280,7 @@ class _Run:
             return
         if not self.best or ((value > self.best["value"]) == (save.best_mode == "max") and value != self.best["value"]):
             self.best = {"value": value, "step": self.progress.step, "metric": save.best_metric}
-            write_folder(self.folder / "best", lambda d: save_file(self._weights(), d / "weights.safetensors"))
-
-    def _look(self, until: SwitchSpec, method: Method, line: Mapping[str, Any]) -> bool:
-        value = line.get(until.metric)
-        if value is None:
-            looked = any(name.startswith("eval_") for name in line)
-            # a step may train on nothing, and one of a method that samples may sample nothing
-            partly = "loss" not in line or (method.plan.samples and "reward" not in line)
-            if looked if until.metric.startswith("eval_") else not partly:
-                raise UserError(f"until.metric: {until.metric!r} is not measured; {nearest(until.metric, line)}")
-            return False
-        rule = {"rule": until.rule, "mode": until.mode}
-        self.watch = look(self.watch, value, **rule, min_delta=until.min_delta, reached=until.value)
-        return self.watch.looks >= until.patience
+            checkpoint.save_weights(self.folder / "best", self.optimizer.weights())
 
     def _evaluate(self) -> dict[str, Any] | None:
         if asks_nothing(self.recipe):
@@ -290,35 +290,7 @@ class _Run:
             return None
         return evaluate_trained(self.recipe, self.model, self.tokenizer, self.folder, base=self.base, display=self.display)
 
-    def _done(self) -> float:
-        """Share of the whole run that is done."""
-        n, at, budget = len(self.recipe.stages), self._at, self.recipe.budget
-        if self._trained():
-            return 1.0
-        stage = self.recipe.stages[at]
-        if stage.repeat_until_budget and budget is not None:
-            rest = sum(one.repeat_until_budget for one in self.recipe.stages) / n
-            return 1 - rest + rest * min(getattr(self.progress.cost, budget.unit) / budget.amount, 1.0)
-        settings = assemble.stage_settings(self.recipe, stage)
-        inside = min(stage_progress(settings, self.progress), 1.0) if self.started else 0.0
-        return (at + inside) / n
-
-    def _epoch(self) -> float:
-        """Passes over the data that the stage draws from, those of stages before it counted in."""
-        names = set(assemble.origins(self.methods[self._at]))
-        position = sum(self.progress.positions.get(name, 0) for name in names)
-        return position / sum(len(self.loaded.streams[name].examples) for name in names)
-
-    def _epochs_of_sources(self) -> dict[str, float]:
-        """Passes over each source of the streams that are mixtures."""
-        positions, streams = self.progress.positions, self.loaded.streams
-        mixed = {name: stream for name, stream in streams.items() if isinstance(stream, Mixture) and name in positions}
-        return {f"epoch/{n}/{source}": x for n, s in mixed.items() for source, x in s.epochs(positions[n]).items()}
-
     # --- saving -----------------------------------------------------------------------------------------------------
-
-    def _weights(self) -> dict[str, torch.Tensor]:
-        return {n: w.contiguous().cpu() for n, w in self.optimizer.weights().items()}
 
     def _save_model(self, folder: Path) -> None:
         if self.methods[-1].saves == "reward model":
@@ -357,10 +329,7 @@ class _Run:
             self.best, self.started = dict(found.state["best"]), found.state["started"]
             self.record["stages"] = list(found.state["stages"])
             if self.started:
-                stage = self.recipe.stages[self._at]
-                betas = (stage.adam_beta1, stage.adam_beta2)
-                factor = assemble.value_factor(stage)
-                self.optimizer.begin(weight_decay=stage.weight_decay, betas=betas, eps=stage.adam_epsilon, value_factor=factor)
+                self.optimizer.begin(**assemble.adamw_settings(self.recipe.stages[self._at]))
             self.optimizer.load(found.weights, found.moments)
             if found.average:
                 self.average = Average(self.model, found.average)
@@ -375,8 +344,7 @@ class _Run:
         self.record |= setup
         self.record.setdefault("started_at", now())
         self.record.setdefault("warnings", [])
-        short = checks.short_iterations(self.recipe, self.methods, self.loaded)
-        for text in (*self.loaded.warnings, *checks.unused_settings(self.recipe, self.methods), *short):
+        for text in checks.warnings(self.recipe, self.methods, self.loaded):
             self._warn(text)
         if reason := getattr(engine.sampler, "path_reason", ""):
             self._warn(f"sampling runs whole sequences again for every token, which is slow: {reason}")

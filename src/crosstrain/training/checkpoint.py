@@ -18,6 +18,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+WEIGHTS = "weights.safetensors"
 AVERAGE = "average.safetensors"
 
 
@@ -40,10 +41,10 @@ def save(folder: Path, step: int, checkpoint: Checkpoint, *, stage: int = 0, kee
     place = folder / f"step-{step:08d}-stage-{stage:03d}"
 
     def fill(temporary: Path) -> None:
-        save_file({k: v.contiguous().cpu() for k, v in checkpoint.weights.items()}, temporary / "weights.safetensors")
-        save_file({k: v.contiguous().cpu() for k, v in checkpoint.moments.items()}, temporary / "optimizer.safetensors")
+        _save_tensors(checkpoint.weights, temporary / WEIGHTS)
+        _save_tensors(checkpoint.moments, temporary / "optimizer.safetensors")
         if checkpoint.average:
-            save_file({k: v.contiguous().cpu() for k, v in checkpoint.average.items()}, temporary / AVERAGE)
+            _save_tensors(checkpoint.average, temporary / AVERAGE)
         (temporary / "state.json").write_text(json.dumps(checkpoint.state, indent=1, sort_keys=True))
 
     write_folder(place, fill)
@@ -61,11 +62,21 @@ def latest(folder: Path) -> Path | None:
 def load(place: Path) -> Checkpoint:
     """Read a checkpoint back; tensors are equal bit for bit."""
     return Checkpoint(
-        weights=load_file(place / "weights.safetensors"),
+        weights=load_weights(place),
         moments=load_file(place / "optimizer.safetensors"),
         state=json.loads((place / "state.json").read_text()),
         average=load_file(place / AVERAGE) if (place / AVERAGE).is_file() else {},
     )
+
+
+def save_weights(place: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write weights alone to the folder `place`, complete or not at all, in the place of those that were there."""
+    write_folder(place, lambda temporary: _save_tensors(weights, temporary / WEIGHTS))
+
+
+def load_weights(place: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint, or of what `save_weights` wrote."""
+    return load_file(place / WEIGHTS)
 
 
 def write_folder(place: Path, fill: Any) -> None:
@@ -101,6 +112,10 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
 
 
 def _complete(folder: Path) -> list[Path]:
