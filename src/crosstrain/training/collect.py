@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -128,13 +129,12 @@ def collect(
     usage = Usage()
     positions = dict(positions)
     skipped = 0
-    score = _scorer(method, rewards, decode)
+    writers = {"policy": sampler, "teacher": teacher}
+    asking = Asking(method, state, writers, sampling, _scorer(method, rewards, decode), truncation, seed, step)
     for draw in range(method.plan.max_draws):
         drawn, positions, passed = _drawn(method, state, streams, positions, wanted)
         skipped += passed
-        groups, used = rounds(
-            method, state, (recalled if draw == 0 else []) + drawn, sampler, sampling, score, truncation, seed, step, teacher
-        )
+        groups, used = rounds(asking, (recalled if draw == 0 else []) + drawn)
         usage += used
         rewarded += [_sampled_now(g) for g in groups]
         chosen = [_chosen(method, g, state) for g in groups]
@@ -230,71 +230,68 @@ def _no_text(tokens: tuple[int, ...]) -> str:
     raise ValueError("the method scores completions by their text: collect needs `decode`")
 
 
-def rounds(
-    method: Method,
-    state: State,
-    groups: list[Group],
-    sampler: Sampler | None,
-    sampling: Sampling,
-    rewards: ScoreGroups | None,
-    truncation: Truncation,
-    seed: int,
-    step: int,
-    teacher: Sampler | None = None,
-) -> tuple[list[Group], Usage]:
+@dataclass(frozen=True)
+class Asking:
+    """What stays the same over a step's rounds of sampling and scoring. writers: who may be asked for completions, by name."""
+
+    method: Method
+    state: State
+    writers: Mapping[str, Sampler | None]
+    sampling: Sampling
+    rewards: ScoreGroups | None
+    truncation: Truncation
+    seed: int
+    step: int
+
+
+def rounds(asking: Asking, groups: Sequence[Group]) -> tuple[list[Group], Usage]:
     """Ask the plan what to sample until it asks for nothing; each round is sampled and scored for all groups together."""
-    usage = Usage()
-    round_index = 0
-    while True:
-        asked = [(i, request) for i, g in enumerate(groups) for request in method.plan.next(g, state)]
+    plan, usage, after = asking.method.plan, Usage(), list(groups)
+    for index in itertools.count():
+        asked = [(i, request) for i, g in enumerate(after) for request in plan.next(g, asking.state)]
         if not asked:
             break
-        if method.plan.scored and (sampler is None or rewards is None):
-            raise UserError(f"method {method.name} samples completions: the recipe needs a reward (a task, or `rewards`)")
-        prompts = [_prompt(groups[i], request, round_index) for i, request in asked]
-        writers = {"policy": sampler, "teacher": teacher}
-        started = time.perf_counter()
-        answers = _answers(method, [request.by for _, request in asked], prompts, writers, sampling, seed, step)
-        sampled = time.perf_counter()
-        new: dict[int, tuple[Trajectory, ...]] = {}
-        for (i, request), prompt, completions in zip(asked, prompts, answers, strict=True):
-            read, written = len(prompt.tokens), sum(len(c.tokens) for c in completions)
-            usage += (
-                Usage(read, written)
-                if request.by == "policy"
-                else Usage(teacher_prefill_tokens=read, teacher_generated_tokens=written)
+        if plan.scored and (asking.writers["policy"] is None or asking.rewards is None):
+            raise UserError(
+                f"method {asking.method.name} samples completions: the recipe needs a reward (a task, or `rewards`)"
             )
-            new[i] = new.get(i, ()) + tuple(_trajectory(groups[i].example, request, c, step) for c in completions)
+        started = time.perf_counter()
+        new, used = _sampled(asking, after, asked, index)
+        sampled = time.perf_counter()
         # a demonstration is scored with the first round's completions; only what is new is scored, and penalised, at all
-        unscored = {i: (groups[i].trajectories if round_index == 0 else ()) + t for i, t in new.items()}
-        graded = time.perf_counter()
-        new_groups = [replace(groups[i], trajectories=t) for i, t in unscored.items()]
-        scored = new_groups if rewards is None else rewards(new_groups)
-        usage += Usage(sampling_seconds=sampled - started, reward_seconds=time.perf_counter() - graded)
-        for i, g in zip(unscored, scored, strict=True):
-            before = () if round_index == 0 else groups[i].trajectories
-            groups[i] = replace(groups[i], trajectories=before + _penalised(g, truncation).trajectories)
-        round_index += 1
-    return groups, usage
+        unscored = [replace(after[i], trajectories=(after[i].trajectories if index == 0 else ()) + t) for i, t in new.items()]
+        scored = unscored if asking.rewards is None else asking.rewards(unscored)
+        usage += used + Usage(sampling_seconds=sampled - started, reward_seconds=time.perf_counter() - sampled)
+        for i, g in zip(new, scored, strict=True):
+            before = () if index == 0 else after[i].trajectories
+            after[i] = replace(after[i], trajectories=before + _penalised(g, asking.truncation).trajectories)
+    return after, usage
 
 
-def _answers(
-    method: Method,
-    by: Sequence[str],
-    prompts: Sequence[Prompt],
-    writers: Mapping[str, Sampler | None],
-    sampling: Sampling,
-    seed: int,
-    step: int,
-) -> list[list[Completion]]:
+def _sampled(
+    asking: Asking, groups: Sequence[Group], asked: Sequence[tuple[int, Request]], index: int
+) -> tuple[dict[int, tuple[Trajectory, ...]], Usage]:
+    """What is written in a round for each group that is asked for something, by its place, and the tokens of that."""
+    prompts = [_prompt(groups[i], request, index) for i, request in asked]
+    new: dict[int, tuple[Trajectory, ...]] = {}
+    usage = Usage()
+    for (i, request), prompt, completions in zip(asked, prompts, _answers(asking, asked, prompts), strict=True):
+        read, written = len(prompt.tokens), sum(len(c.tokens) for c in completions)
+        own = request.by == "policy"
+        usage += Usage(read, written) if own else Usage(teacher_prefill_tokens=read, teacher_generated_tokens=written)
+        new[i] = new.get(i, ()) + tuple(_trajectory(groups[i].example, request, c, asking.step) for c in completions)
+    return new, usage
+
+
+def _answers(asking: Asking, asked: Sequence[tuple[int, Request]], prompts: Sequence[Prompt]) -> list[list[Completion]]:
     """The completions of each prompt, whoever writes them; what one writes is sampled together."""
     answers: list[list[Completion]] = [[] for _ in prompts]
-    for who, sampler in writers.items():
-        mine = [k for k, writer in enumerate(by) if writer == who]
+    for who, sampler in asking.writers.items():
+        mine = [k for k, (_, request) in enumerate(asked) if request.by == who]
         if mine and sampler is None:
-            raise UserError(f"method {method.name} needs a sampler of the {who}, and none was set up")
+            raise UserError(f"method {asking.method.name} needs a sampler of the {who}, and none was set up")
         if mine and sampler is not None:
-            found = sampler.sample([prompts[k] for k in mine], sampling, seed=seed, step=step)
+            found = sampler.sample([prompts[k] for k in mine], asking.sampling, seed=asking.seed, step=asking.step)
             for k, completions in zip(mine, found, strict=True):
                 answers[k] = completions
     return answers
