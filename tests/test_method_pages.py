@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from crosstrain.cli_methods import print_all, print_one
-from crosstrain.method_pages import MARK, main, page, pages, write
+from crosstrain.method_pages import MADE_BY, main, page, pages, write
 from crosstrain.methods import METHODS
 from crosstrain.methods.describe import record
 from crosstrain.methods.docstring import said
@@ -111,7 +111,7 @@ def test_the_index_has_the_families_in_the_surveys_order() -> None:
 def test_writing_again_changes_nothing_and_clears_what_is_gone(tmp_path: Path) -> None:
     assert len(write(tmp_path)) == len(METHODS) + 1
     assert write(tmp_path) == []
-    (tmp_path / "gone.md").write_text(f"# gone\n\n{MARK}\n")
+    (tmp_path / "gone.md").write_text(f"# gone\n\n{MADE_BY}\n")
     (tmp_path / "mine.md").write_text("# by hand\n")
     (tmp_path / "sft.md").write_text("stale")
     assert {path.name for path in write(tmp_path)} == {"gone.md", "sft.md"}

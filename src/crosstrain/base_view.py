@@ -13,7 +13,7 @@ from crosstrain.cache import cache_folder
 from crosstrain.data.selection import Chosen, at_most_square, most_informative
 from crosstrain.errors import UserError
 from crosstrain.training.checkpoint import write_json
-from crosstrain.training.reference import SLICE, known_reference, name_of
+from crosstrain.training.reference import SLICE, cache_name, known_reference
 from crosstrain.training.score import predicting_states
 from crosstrain.types import Example, Source
 
@@ -37,7 +37,7 @@ def informative(model: Any, examples: Sequence[Example], size: int, ridge: float
     row no more than the model's width of them.
     """
     trajectories = [t for e in examples for t in e.expert]
-    rule = [name_of(model, trajectories, "plain", tokens_per_micro_batch), [len(e.expert) for e in examples], size, ridge]
+    rule = [cache_name(model, trajectories, "plain", tokens_per_micro_batch), [len(e.expert) for e in examples], size, ridge]
     place = cache_folder() / "selection" / f"{hashlib.sha256(repr(rule).encode()).hexdigest()}.json"
     if place.is_file():
         kept = json.loads(place.read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from crosstrain.methods import METHODS
 from crosstrain.methods.describe import record
 from crosstrain.methods.registry import DIRECTIONS
 
-MARK = "<!-- Made by `python -m crosstrain.method_pages docs/methods` from the method's own record; edit that. -->"
+MADE_BY = "<!-- Made by `python -m crosstrain.method_pages docs/methods` from the method's own record; edit that. -->"
 """The last line of a page, which tells it from one that somebody wrote."""
 
 CHECKED = {
@@ -52,7 +52,7 @@ def write(folder: Path) -> list[Path]:
             path.write_text(text, encoding="utf-8")
             changed.append(path)
     for path in folder.glob("*.md"):
-        if path.name not in wanted and MARK in path.read_text(encoding="utf-8"):
+        if path.name not in wanted and MADE_BY in path.read_text(encoding="utf-8"):
             path.unlink()
             changed.append(path)
     return changed
@@ -83,7 +83,7 @@ def index(records: Sequence[Mapping[str, Any]]) -> str:
             _table(("method", "what it does", "needs", "paper", "written from"), rows),
         ]
     parts += ["### Left out", *LEFT_OUT]
-    return "\n\n".join([*parts, MARK]) + "\n"
+    return "\n\n".join([*parts, MADE_BY]) + "\n"
 
 
 LEFT_OUT = (
@@ -104,7 +104,7 @@ def page(found: Mapping[str, Any]) -> str:
     for title, key in (("When it helps", "works"), ("When it does not", "fails"), ("Where this one differs", "deviates")):
         parts += [f"## {title}", found[key]] if found[key] else []
     parts += how_checked(found)
-    return "\n\n".join([*parts, "[All methods](README.md)", MARK]) + "\n"
+    return "\n\n".join([*parts, "[All methods](README.md)", MADE_BY]) + "\n"
 
 
 def how_checked(found: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import nn
 from crosstrain.errors import UserError
 from crosstrain.training.checkpoint import write_folder
 
-MARK = "crosstrain_reward_model"
+OURS = "crosstrain_reward_model"
 """Key of the config of those that we made: their texts end in the end token, and nothing comes after it."""
 
 
@@ -42,7 +42,7 @@ def save_reward_model(model: Any, head: nn.Linear, tokenizer: Any, folder: Path)
     reader = copy.deepcopy(tokenizer)
     pad = _padding(tokenizer)
     classifier.config.pad_token_id = pad
-    setattr(classifier.config, MARK, True)
+    setattr(classifier.config, OURS, True)
     reader.pad_token = None if pad is None else tokenizer.convert_ids_to_tokens(pad)
     reader.padding_side = "right"
 

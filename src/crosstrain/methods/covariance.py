@@ -11,8 +11,7 @@ from crosstrain.methods.plans import drop_equal_rewards, keyed_uniforms, rollout
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import group_normalised
 from crosstrain.objective.denominators import old
-from crosstrain.objective.gates import always
-from crosstrain.objective.terms import by, surrogate
+from crosstrain.objective.terms import by, surrogate, unclipped
 from crosstrain.objective.words import says
 from crosstrain.types import Batch, Look, Method, Per, Scores, Source, Term, Updates
 
@@ -114,15 +113,7 @@ def kl_cov(
         return batch.columns[CHOSEN] * (scores.logp - old(scores.logp, batch, on)).abs()
 
     per = Per(("own_tokens",))
-    rl = surrogate(
-        "rl",
-        on=by(Source.POLICY),
-        per=per,
-        denominator=old,
-        gate=always,
-        needs=frozenset({"old_logp"}),
-        describe="-A r, r = pi / old",
-    )
+    rl = unclipped("rl", on=by(Source.POLICY), per=per)
     kl = Term(
         "kl",
         penalty,

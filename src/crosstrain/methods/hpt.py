@@ -12,7 +12,7 @@ from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import centred, centred_on, mean_over
 from crosstrain.objective.terms import by, group_mean, nll, reinforce_loss, surrogate
 from crosstrain.objective.words import says
-from crosstrain.types import Batch, Group, Method, Per, Source, State
+from crosstrain.types import Batch, Group, Method, Per, Source, State, Term
 
 
 @method(
@@ -51,19 +51,10 @@ def hpt(num_generations: int = 8, gate: int = 0, sft_coef: float = 1.0, solved_a
         solved = sum(t.reward is not None and t.reward > solved_above for t in group.by(Source.POLICY))
         return group.only(Source.EXPERT) if solved <= gate else group.only(Source.POLICY)
 
-    per = Per(("groups",))
     return Method(
         terms=(
-            nll("demo", on=by(Source.EXPERT), per=per, normalise=group_mean, coef=sft_coef, unit="group"),
-            surrogate(
-                "rl",
-                on=by(Source.POLICY),
-                per=per,
-                normalise=group_mean,
-                unit="group",
-                logged=reinforce_loss(group_mean),
-                describe="-A log pi",
-            ),
+            nll("demo", on=by(Source.EXPERT), per=Per(("groups",)), normalise=group_mean, coef=sft_coef, unit="group"),
+            _reinforced("rl", Source.POLICY, "-A log pi"),
         ),
         plan=rollouts(num_generations, with_demonstration=True),
         select=switch,
@@ -100,30 +91,26 @@ def hpt_soft(num_generations: int = 8, solved_above: float = 0.0) -> Method:
         a, b = (_by_solved(share * num_generations, i).to(batch.reward) for i in (0, 1))
         return torch.where(own, a * centred_on(batch, own), b)
 
-    per = Per(("groups",))
     return Method(
         terms=(
-            surrogate(
-                "demo",
-                on=by(Source.EXPERT),
-                per=per,
-                normalise=group_mean,
-                unit="group",
-                logged=reinforce_loss(group_mean),
-                describe="-b log pi",
-            ),
-            surrogate(
-                "rl",
-                on=by(Source.POLICY),
-                per=per,
-                normalise=group_mean,
-                unit="group",
-                logged=reinforce_loss(group_mean),
-                describe="-a A log pi",
-            ),
+            _reinforced("demo", Source.EXPERT, "-b log pi"),
+            _reinforced("rl", Source.POLICY, "-a A log pi"),
         ),
         plan=rollouts(num_generations, with_demonstration=True),
         advantage=credit,
+    )
+
+
+def _reinforced(name: str, source: Source, describe: str) -> Term:
+    """-A log pi: the mean over a group's tokens that `source` wrote, and then over groups."""
+    return surrogate(
+        name,
+        on=by(source),
+        per=Per(("groups",)),
+        normalise=group_mean,
+        unit="group",
+        logged=reinforce_loss(group_mean),
+        describe=describe,
     )
 
 

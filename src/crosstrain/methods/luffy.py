@@ -10,8 +10,8 @@ from torch import Tensor
 from crosstrain.methods.plans import rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import centred
-from crosstrain.objective.denominators import old, shaped
-from crosstrain.objective.terms import by, surrogate
+from crosstrain.objective.denominators import shaped
+from crosstrain.objective.terms import by, surrogate, unclipped
 from crosstrain.types import Batch, Method, Per, Scores, Source, Updates, Value
 
 
@@ -61,14 +61,7 @@ def luffy(
     per = Per(("all_tokens",))
     return Method(
         terms=(
-            surrogate(
-                "rl",
-                on=by(Source.POLICY),
-                per=per,
-                denominator=old,
-                needs=frozenset({"old_logp"}),
-                describe="-A r, r = pi / old",
-            ),
+            unclipped("rl", on=by(Source.POLICY), per=per),
             surrogate(
                 "demo",
                 on=by(Source.EXPERT),

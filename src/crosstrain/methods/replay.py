@@ -16,8 +16,8 @@ from crosstrain.methods.plans import keyed_uniforms
 from crosstrain.methods.registry import method
 from crosstrain.methods.uft import next_step, nothing
 from crosstrain.objective.advantages import centred
-from crosstrain.objective.denominators import old, shaped_behaviour
-from crosstrain.objective.terms import surrogate
+from crosstrain.objective.denominators import shaped_behaviour
+from crosstrain.objective.terms import surrogate, unclipped
 from crosstrain.types import Batch, ById, Group, Method, Per, Plan, Request, Scores, Source, State, Updates, Value
 
 
@@ -106,7 +106,7 @@ def replay(
     per = Per(("all_tokens",))
     return Method(
         terms=(
-            surrogate("rl", on=new, per=per, denominator=old, needs=frozenset({"old_logp"}), describe="-A r, r = pi / old"),
+            unclipped("rl", on=new, per=per),
             surrogate(
                 "replay",
                 on=remembered,

@@ -9,9 +9,9 @@ from torch import Tensor
 from crosstrain.methods.plans import rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import centred
-from crosstrain.objective.denominators import mixture, old
+from crosstrain.objective.denominators import mixture
 from crosstrain.objective.gates import unlikely
-from crosstrain.objective.terms import by, surrogate
+from crosstrain.objective.terms import by, surrogate, unclipped
 from crosstrain.types import Batch, Method, Per, Scores, Source, Updates
 
 
@@ -35,7 +35,7 @@ def rl_plus(num_generations: int = 7, power: float = 0.5, num_iterations: int = 
 
     power: how much less likely tokens count, 0.5 in the authors' code.
     """
-    per, needs = Per(("all_tokens",)), frozenset({"old_logp"})
+    per = Per(("all_tokens",))
     gate = unlikely(power)
 
     def published(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
@@ -45,14 +45,14 @@ def rl_plus(num_generations: int = 7, power: float = 0.5, num_iterations: int = 
 
     return Method(
         terms=(
-            surrogate("rl", on=by(Source.POLICY), per=per, denominator=old, needs=needs, describe="-A r, r = pi / old"),
+            unclipped("rl", on=by(Source.POLICY), per=per),
             surrogate(
                 "demo",
                 on=by(Source.EXPERT),
                 per=per,
                 denominator=mixture,
                 gate=gate,
-                needs=needs,
+                needs=frozenset({"old_logp"}),
                 logged=published,
                 describe=f"-A (1 - p)^{power:g} p / den, den = (3 old + 1) / 4",
             ),

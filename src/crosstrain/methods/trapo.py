@@ -11,8 +11,8 @@ from crosstrain.methods.plans import told
 from crosstrain.methods.registry import method
 from crosstrain.methods.uft import nothing
 from crosstrain.objective.advantages import centred
-from crosstrain.objective.denominators import floored, old
-from crosstrain.objective.terms import by, surrogate
+from crosstrain.objective.denominators import floored
+from crosstrain.objective.terms import by, surrogate, unclipped
 from crosstrain.objective.words import says
 from crosstrain.types import Batch, Group, Look, Method, Per, Plan, Request, Source, State, Updates
 
@@ -61,14 +61,7 @@ def trapo(lowest: float = 0.1, solved_above: float = 0.0, num_iterations: int = 
     per = Per(("all_tokens",))
     return Method(
         terms=(
-            surrogate(
-                "rl",
-                on=by(Source.POLICY),
-                per=per,
-                denominator=old,
-                needs=frozenset({"old_logp"}),
-                describe="-A r, r = pi / old",
-            ),
+            unclipped("rl", on=by(Source.POLICY), per=per),
             surrogate(
                 "hint",
                 on=by(Source.EXPERT),

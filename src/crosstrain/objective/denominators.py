@@ -120,7 +120,7 @@ def mixture(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
 @says("pi / s, with s = exp(mean over the sequence of log(pi / pi_old))")
 def sequence(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
     """pi / s with s = exp(mean over the sequence of log(pi / old)): every token's ratio is s (GSPO, arXiv:2507.18071)."""
-    return logp.detach() - _mean(logp.detach() - old(logp, batch, on), on)
+    return logp.detach() - _row_mean(logp.detach() - old(logp, batch, on), on)
 
 
 def clipped_sequence(low: float, high: float) -> Denominator:
@@ -136,7 +136,7 @@ def clipped_sequence(low: float, high: float) -> Denominator:
     def log_den(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         moved = logp.detach() - old(logp, batch, on)
         clipped = torch.where(batch.advantage > 0, moved.clamp(max=high), moved.clamp(min=-low))
-        return logp.detach() - _mean(torch.where(batch.advantage == 0, moved, clipped), on)
+        return logp.detach() - _row_mean(torch.where(batch.advantage == 0, moved, clipped), on)
 
     return log_den
 
@@ -155,7 +155,7 @@ def capped(low: float | None, high: float) -> Denominator:
     return log_den
 
 
-def _mean(values: Tensor, on: Tensor) -> Tensor:
+def _row_mean(values: Tensor, on: Tensor) -> Tensor:
     """[B, 1]: the mean over each row's own tokens, 0 for a row without."""
     inside = torch.where(on, values, torch.zeros_like(values))
     return inside.sum(dim=1, keepdim=True) / on.sum(dim=1, keepdim=True).clamp(min=1)

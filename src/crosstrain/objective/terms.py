@@ -97,6 +97,11 @@ def surrogate(
     return Term(name, value, on, per, coef, unit, needs, logged, describe, slots)
 
 
+def unclipped(name: str, *, on: On, per: Per) -> Term:
+    """`surrogate` of the ratio to the policy that sampled, without a clip: -A r, whose weight is r A."""
+    return surrogate(name, on=on, per=per, denominator=old, needs=frozenset({"old_logp"}), describe="-A r, r = pi / old")
+
+
 def clipped(
     name: str,
     low: float,

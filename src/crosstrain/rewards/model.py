@@ -105,9 +105,9 @@ class ModelReward:
         self, model: Any, tokenizer: Any, prompt: Any, completion: Any, columns: dict[str, Any], index: int
     ) -> list[int] | None:
         """What the model reads of one completion; None for what it cannot read."""
-        from crosstrain.reward_models import MARK
+        from crosstrain.reward_models import OURS
 
-        if getattr(model.config, MARK, False):
+        if getattr(model.config, OURS, False):
             ids = _as_trained(tokenizer, prompt, completion, columns, index)
         else:
             ids = _as_usual(tokenizer, prompt, completion)

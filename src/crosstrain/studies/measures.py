@@ -74,10 +74,10 @@ def _kind(kind: str, value: Callable[[Any], float]) -> Callable[[Evaluation], Sc
 
 
 def _accuracy(question: Any) -> float:
-    return _mean(question["correct"])
+    return _mean_of_samples(question["correct"])
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean_of_samples(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
@@ -236,7 +236,7 @@ _REPLIES = [
         "response_length",
         "Reply length",
         "replies",
-        _kind("in_distribution", lambda q: _mean(q["lengths"])),
+        _kind("in_distribution", lambda q: _mean_of_samples(q["lengths"])),
         unit="tokens",
         format="number",
         about="Mean length of the replies.",
@@ -245,7 +245,7 @@ _REPLIES = [
         "unparsed_frac",
         "Unparsed",
         "replies",
-        _kind("in_distribution", lambda q: 1 - _mean(q["parsed"])),
+        _kind("in_distribution", lambda q: 1 - _mean_of_samples(q["parsed"])),
         direction="lower",
         bounds=(0, 1),
         about="Share of replies in which no answer could be found.",

@@ -48,7 +48,7 @@ def known_reference(
     in the tokens. Computed in the order of the examples, so that no value depends on what a step draws.
     """
     distinct = {_key(t.tokens, t.source): t for e in examples for t in e.expert}
-    place = cache_folder() / "reference" / f"{name_of(model, distinct.values(), layout, tokens_per_micro_batch)}.safetensors"
+    place = cache_folder() / "reference" / f"{cache_name(model, distinct.values(), layout, tokens_per_micro_batch)}.safetensors"
     if place.is_file():
         flat = load_file(place)["logp"]
     else:
@@ -80,7 +80,7 @@ def _key(tokens: Sequence[int], source: Sequence[int]) -> tuple[tuple[int, ...],
     return tuple(tokens), tuple(map(int, source))
 
 
-def name_of(model: Any, trajectories: Iterable[Trajectory], layout: Layout, tokens_per_micro_batch: int) -> str:
+def cache_name(model: Any, trajectories: Iterable[Trajectory], layout: Layout, tokens_per_micro_batch: int) -> str:
     """sha256 of everything that what a model makes of trajectories depends on, the order and cut of the computation included."""
     config = model.config
     setting = [layout, tokens_per_micro_batch, config.to_json_string(), config._attn_implementation, why_not(model)]
