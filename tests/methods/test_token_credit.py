@@ -82,13 +82,18 @@ def test_remax_by_hand() -> None:
 
 
 def test_remax_without_them_is_the_papers() -> None:
-    """A coefficient so small that it rounds away gives the weights of none; so does a discount of 1."""
+    """(R - R_greedy) / 2 on every sampled token, also where a KL is asked for and the policy is its reference; off it, each token
+    pays 0.3 d / 2 more."""
     groups = [group(answer("OOO", 1.0), answer("O", 0.0), replace(answer("O", 0.25), greedy=True))]
-    plain, small = load_method("remax", num_generations=2), load_method("remax", num_generations=2, kl_coef=1e-15)
+    plain, asked = load_method("remax", num_generations=2), load_method("remax", num_generations=2, kl_coef=0.3)
     logp, columns = random_numbers(plain, groups, 0)
-    one = weights_of(plain, prepared(plain, groups), logp)
-    other = weights_of(small, credited(small, groups, logp, ref_logp=columns["ref_logp"]), logp)
-    torch.testing.assert_close(one.weights, other.weights, rtol=0, atol=1e-12)
+    papers = torch.tensor([[3 / 8, 3 / 8, 3 / 8], [-1 / 8, 0, 0], [0, 0, 0]], dtype=F64)
+    there = weights_of(asked, credited(asked, groups, logp, ref_logp=logp), logp).weights
+    for found in (weights_of(plain, prepared(plain, groups), logp).weights, there):
+        torch.testing.assert_close(found, papers, rtol=0, atol=1e-12)
+    off = weights_of(asked, credited(asked, groups, logp, ref_logp=columns["ref_logp"]), logp).weights
+    paid = torch.where(papers != 0, 0.3 * (logp - columns["ref_logp"]) / 2, 0)
+    torch.testing.assert_close(off, papers - paid, rtol=0, atol=1e-7)  # a credit is in fp32
 
 
 @pytest.mark.parametrize(
