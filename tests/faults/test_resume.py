@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import yaml
@@ -79,15 +78,31 @@ def recipe(world: Path, name: str) -> Path:
     return path
 
 
-def start(path: Path, out: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "crosstrain", "train", str(path), "--out", str(out)]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+def start(path: Path, out: Path, *, fresh: bool = False) -> BaseProcess:
+    return forked.start(["train", str(path), "--out", str(out)], printed(out), fresh=fresh)
 
 
-def finish(path: Path, out: Path) -> None:
-    process = start(path, out)
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors.decode()
+def printed(out: Path) -> Path:
+    return out.with_suffix(".txt")
+
+
+def finish(path: Path, out: Path, *, fresh: bool = False) -> None:
+    process = start(path, out, fresh=fresh)
+    process.join(240)
+    assert process.exitcode == 0, printed(out).read_text()
+
+
+def kill_after(moment: int, path: Path, out: Path, *, fresh: bool = False) -> None:
+    """Start a run and end it by force once that many steps are on record."""
+    process = start(path, out, fresh=fresh)
+    deadline = time.monotonic() + 240
+    while len(steps(out)) < moment:
+        assert process.is_alive(), printed(out).read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run was over before it was killed"
 
 
 def steps(out: Path) -> list[dict[str, Any]]:
@@ -96,24 +111,20 @@ def steps(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
+FRESH = "sft then grpo"
+"""The pipeline whose processes are started as a user starts them."""
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_a_killed_run_ends_as_if_it_had_not_been(world: Path, tmp_path: Path, name: str) -> None:
-    path = recipe(world, name)
+    path, fresh = recipe(world, name), name == FRESH
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(path, whole)
+    finish(path, whole, fresh=fresh)
     last = len(steps(whole))
 
-    moment = random.Random(name).randint(1, last - 2)
-    process = start(path, killed)
-    deadline = time.monotonic() + 240
-    while len(steps(killed)) < moment:
-        assert process.poll() is None, process.communicate()[1].decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after(random.Random(name).randint(1, last - 2), path, killed, fresh=fresh)
     assert len(steps(killed)) < last, "the run was over before it was killed"
-    finish(path, killed)
+    finish(path, killed, fresh=fresh)
 
     if name in MEMORIES:
         assert any(MEMORIES[name] in line for line in steps(whole)), "nothing was remembered"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from test_resume import TIMINGS, finish, start, steps
+from test_resume import TIMINGS, finish, kill_after, steps
 
 from crosstrain.testing import save_tiny_model
 
@@ -55,15 +53,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path, cached: bool, m
     finish(path, whole)
     last = len(steps(whole))
 
-    moment = random.Random(cached).randint(1, last - 3)
-    process = start(path, killed)
-    deadline = time.monotonic() + 240
-    while len(steps(killed)) < moment:
-        assert process.poll() is None, process.communicate()[1].decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_after(random.Random(cached).randint(1, last - 3), path, killed)
     assert len(steps(killed)) < last, "the run was over before it was killed"
     if not cached:  # what was chosen is worked out again, on the same weights
         monkeypatch.setenv("CROSSTRAIN_CACHE", str(tmp_path / "other cache"))
