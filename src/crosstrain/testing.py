@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,7 +84,17 @@ def gradient(
     return {name: p.grad.clone() for name, p in trained_parameters(engine).items() if p.grad is not None}
 
 
-Check = Callable[[Method, Any, float], None]
+@dataclass(frozen=True)
+class Case:
+    """What checks look at: a method, a model, a made-up batch, and the method's gradient on the whole of it."""
+
+    method: Method
+    model: Any
+    batch: Batch
+    whole: dict[str, Tensor]
+
+
+Check = Callable[[Case, float], None]
 
 
 def check_method(method: Method, device: torch.device | str = "cpu") -> None:
@@ -94,55 +104,55 @@ def check_method(method: Method, device: torch.device | str = "cpu") -> None:
     finite and not zero; state survives JSON; unrelated rows leak nothing.
     """
     for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-5)):
-        for check in CHECKS:
-            try:
-                check(method, tiny_model(dtype=dtype).to(device), tolerance)
-            except NonFinite as error:  # the loop stops a run there; here it is a broken promise like any other
-                raise AssertionError(f"{check.__name__}: {error}") from error
+        model, check = tiny_model(dtype=dtype).to(device), CHECKS[0]
+        try:
+            batch = made_up_batch(method, model)
+            case = Case(method, model, batch, gradient(method, model, batch))
+            for check in CHECKS:
+                check(case, tolerance)
+        except NonFinite as error:  # the loop stops a run there; here it is a broken promise like any other
+            raise AssertionError(f"{check.__name__}: {error}") from error
 
 
-def gradient_is_finite_and_not_zero(method: Method, model: Any, tolerance: float) -> None:
+def gradient_is_finite_and_not_zero(case: Case, tolerance: float) -> None:
     """Every gradient is a number, and some are not 0 (a detached loss silently learns nothing)."""
-    found = gradient(method, model, made_up_batch(method, model))
-    assert all(bool(torch.isfinite(g).all()) for g in found.values()), "the gradient has NaN or infinite entries"
-    assert any(float(g.abs().max()) > 1e-6 for g in found.values()), "the gradient is zero everywhere"
+    found = case.whole.values()
+    assert all(bool(torch.isfinite(g).all()) for g in found), "the gradient has NaN or infinite entries"
+    assert any(float(g.abs().max()) > 1e-6 for g in found), "the gradient is zero everywhere"
 
 
-def any_cut_gives_the_same_gradient(method: Method, model: Any, tolerance: float) -> None:
+def any_cut_gives_the_same_gradient(case: Case, tolerance: float) -> None:
     """Micro-batches of any size."""
-    batch = made_up_batch(method, model)
-    whole = gradient(method, model, batch)
-    unit = "group" if any(t.unit == "group" for t in method.terms) else "token"
+    batch = case.batch
+    unit = "group" if any(t.unit == "group" for t in case.method.terms) else "token"
     every = ((1, False), (40, True), (90, False))
     for tokens, shared in every if tolerance < 1e-6 else every[1:2]:  # fp32 only adds rounding, which one cut shows
         pieces = cut(batch, tokens, unit, shared=shared)
         assert sorted(torch.cat(pieces).tolist()) == list(range(len(batch))), "a cut loses or repeats rows"
-        _same(whole, gradient(method, model, batch, micro_batches=pieces), tolerance, f"micro-batches of {tokens} tokens")
+        found = gradient(case.method, case.model, batch, micro_batches=pieces)
+        _same(case.whole, found, tolerance, f"micro-batches of {tokens} tokens")
 
 
-def padding_changes_nothing(method: Method, model: Any, tolerance: float) -> None:
+def padding_changes_nothing(case: Case, tolerance: float) -> None:
     """More padding on the right, with any finite or NaN content in the columns."""
-    batch = made_up_batch(method, model)
-    _same(gradient(method, model, batch), gradient(method, model, _padded(batch, 5)), tolerance, "padding")
+    _same(case.whole, gradient(case.method, case.model, _padded(case.batch, 5)), tolerance, "padding")
 
 
-def order_changes_nothing(method: Method, model: Any, tolerance: float) -> None:
+def order_changes_nothing(case: Case, tolerance: float) -> None:
     """Rows in another order."""
-    batch = made_up_batch(method, model)
-    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(1))
-    _same(gradient(method, model, batch), gradient(method, model, batch.rows(order)), tolerance, "row order")
+    order = torch.randperm(len(case.batch), generator=torch.Generator().manual_seed(1))
+    _same(case.whole, gradient(case.method, case.model, case.batch.rows(order)), tolerance, "row order")
 
 
-def packing_changes_nothing(method: Method, model: Any, tolerance: float) -> None:
+def packing_changes_nothing(case: Case, tolerance: float) -> None:
     """A group's shared prompt computed once, in one line with all its responses."""
-    batch = made_up_batch(method, model)
-    _same(gradient(method, model, batch), gradient(method, model, batch, layout="shared"), tolerance, "packing")
+    _same(case.whole, gradient(case.method, case.model, case.batch, layout="shared"), tolerance, "packing")
 
 
-def masks_are_respected(method: Method, model: Any, tolerance: float) -> None:
+def masks_are_respected(case: Case, tolerance: float) -> None:
     """Terms are on trained tokens only; columns and advantages outside are never read: NaN there changes nothing."""
-    batch = made_up_batch(method, model)
-    for term in method.terms:
+    batch = case.batch
+    for term in case.method.terms:
         assert not bool((term.on(batch) & ~batch.trained).any()), f"term {term.name} is on tokens that are not trained"
     poisoned = replace(
         batch,
@@ -152,16 +162,16 @@ def masks_are_respected(method: Method, model: Any, tolerance: float) -> None:
             for k, c in batch.columns.items()
         },
     )
-    _same(gradient(method, model, batch), gradient(method, model, poisoned), tolerance, "what lies outside the mask")
+    _same(case.whole, gradient(case.method, case.model, poisoned), tolerance, "what lies outside the mask")
 
 
-def unrelated_rows_leak_nothing(method: Method, model: Any, tolerance: float) -> None:
+def unrelated_rows_leak_nothing(case: Case, tolerance: float) -> None:
     """Other groups in the batch only change a gradient through the counted denominators."""
-    batch = made_up_batch(method, model)
+    method, batch = case.method, case.batch
     counts = count(method.terms, batch, groups=len(torch.unique(batch.group)))
     groups, now = torch.unique(batch.group), method.at(method.init())
     total: dict[str, Tensor] = {}
-    engine = made_up_engine(model, others=bool(method.comparisons))
+    engine = made_up_engine(case.model, others=bool(method.comparisons))
     for g in groups:  # each group alone, its advantage made on the whole batch, under the whole batch's counts
         for p in trained_parameters(engine).values():
             p.grad = None
@@ -171,15 +181,16 @@ def unrelated_rows_leak_nothing(method: Method, model: Any, tolerance: float) ->
         for name, p in trained_parameters(engine).items():
             if p.grad is not None:
                 total[name] = total.get(name, torch.zeros_like(p)) + p.grad
-    _same(gradient(method, model, batch), total, tolerance, "other groups")
+    _same(case.whole, total, tolerance, "other groups")
     together = method.advantage(batch)
     for g in groups if method.credits == "group" else ():
         alone = method.advantage(batch.rows(torch.nonzero(batch.group == g).flatten()))
         assert torch.allclose(alone, together[batch.group == g], equal_nan=True), "an advantage depends on other groups"
 
 
-def state_survives_saving(method: Method, model: Any, tolerance: float) -> None:
+def state_survives_saving(case: Case, tolerance: float) -> None:
     """State is JSON: what is loaded equals what was saved, and goes on the same way: the same groups are collected."""
+    method = case.method
     state = method.init()
     for step in range(3):
         try:
