@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import crosstrain
 from crosstrain import run
 from crosstrain.errors import UserError
 from crosstrain.models import load_model
+from crosstrain.rewards.load import find_function
 from crosstrain.rollout import torch_sampler
 from crosstrain.testing import save_tiny_model
 from crosstrain.training import checkpoint
@@ -310,6 +312,7 @@ def test_a_gated_method_that_has_no_more_use_for_demonstrations_does_not_train_f
 
 def test_rows_and_rewards_may_be_given_as_they_are_in_python(world: Path, tmp_path: Path) -> None:
     rows = [{"prompt": f"say {i}", "completion": f"it is {i}", "answer": str(i)} for i in range(6)]
+    reward_of_length = find_function(f"{world}/reward.py:length", {})
     given = crosstrain.train(recipe(world, GRPO, data=rows, rewards=[reward_of_length]), tmp_path / "given").folder
     dataset = datasets.Dataset.from_list(rows)
     of_dataset = crosstrain.train(recipe(world, GRPO, data=dataset, rewards=reward_of_length), tmp_path / "dataset").folder
@@ -336,13 +339,8 @@ def test_a_script_that_trains_with_a_reward_of_its_own_does_not_start_itself_aga
     assert done.returncode == 1
     assert 'put what starts the training under `if __name__ == "__main__":`' in done.stderr
     script.write_text(f'import crosstrain\n{reward}if __name__ == "__main__":\n    {run_it}\n')
-    subprocess.run([sys.executable, str(script)], check=True, timeout=300)
+    runpy.run_path(str(script), run_name="__main__")
     assert record(tmp_path / "run")["status"] == "finished"
-
-
-def reward_of_length(completions: list[str], **kwargs: Any) -> list[float]:
-    """As in the world's reward.py."""
-    return [float(len(c)) for c in completions]
 
 
 def test_equal_rewards_are_a_warning(world: Path, tmp_path: Path) -> None:
