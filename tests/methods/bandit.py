@@ -104,8 +104,13 @@ def model_for(seed: int = 0) -> Any:
     return tiny_model(seed, torch.float32, vocab_size=VOCABULARY)
 
 
-def learn(method: Method, model: Any, bandit: Bandit, *, steps: int, seed: int = 1) -> list[dict[str, float]]:
-    """Train `model` in place for `steps` steps on all prompts; the steps' metrics."""
+def learn(
+    method: Method, model: Any, bandit: Bandit, *, steps: int, seed: int = 1, until: float = 1.0
+) -> list[dict[str, float]]:
+    """Train `model` in place for `steps` steps on all prompts; the steps' metrics.
+
+    until: a chance of every right answer that ends it sooner, once it is exceeded at two looks in a row, five steps apart.
+    """
     frozen = copy.deepcopy(model)
     head = make_value_head(model) if "value" in method.needs else None
     engine = Engine(
@@ -126,4 +131,12 @@ def learn(method: Method, model: Any, bandit: Bandit, *, steps: int, seed: int =
     )
     settings = StageSettings(batch_size=len(bandit.right), learning_rate=5e-3, max_steps=steps)
     progress = Progress(state=method.init())
-    return [dict(s.metrics) for s in train_stage(engine, method, settings, Optimizer(model, "fp32", head), progress)]
+    made: list[dict[str, float]] = []
+    held = 0
+    for step in train_stage(engine, method, settings, Optimizer(model, "fp32", head), progress):
+        made.append(dict(step.metrics))
+        if len(made) % 5 == 0 and until < 1:
+            held = held + 1 if min(bandit.success(model)) > until else 0
+            if held == 2:
+                break
+    return made

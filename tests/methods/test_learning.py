@@ -39,7 +39,7 @@ def test_rewards_alone_teach_what_sampling_can_find(name: str, settings: dict[st
     model = model_for()
     bandit = Bandit.reachable(model)
     assert max(bandit.success(model)) < 0.2, "the task must not be solved at the start"
-    metrics = learn(load_method(name, **settings), model, bandit, steps=50)
+    metrics = learn(load_method(name, **settings), model, bandit, steps=50, until=0.9)
     assert min(bandit.success(model)) > 0.9
     assert metrics[-1]["reward"] > metrics[0]["reward"] + 0.5
 
@@ -126,7 +126,7 @@ AIDED: list[tuple[str, dict[str, Any]]] = [
 def test_other_hybrids_learn_what_sampling_alone_does_not_find(name: str, settings: dict[str, Any]) -> None:
     model, bandit = model_for(), Bandit.ending()
     assert max(bandit.success(model)) < 1e-3
-    learn(load_method(name, **settings), model, bandit, steps=100)
+    learn(load_method(name, **settings), model, bandit, steps=100, until=0.6)
     assert min(bandit.success(model)) > 0.6
 
 
@@ -146,7 +146,7 @@ def test_demonstrations_beside_rollouts_teach_what_sampling_never_finds(name: st
     """The task on which GRPO stays at zero, from a chance of 1 in 10,000 to more than 7 in 10."""
     model, bandit = model_for(), Bandit.out_of_reach()
     assert max(bandit.success(model)) < 1e-4
-    metrics = learn(load_method(name, **settings), model, bandit, steps=80)
+    metrics = learn(load_method(name, **settings), model, bandit, steps=80, until=0.7)
     assert min(bandit.success(model)) > 0.7
     assert metrics[0]["reward"] == 0.0 and "logps/expert" in metrics[0]
 

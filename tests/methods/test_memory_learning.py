@@ -25,7 +25,7 @@ def test_rewards_alone_teach_what_sampling_can_find(name: str, settings: dict[st
     model = model_for()
     bandit = Bandit.reachable(model)
     assert max(bandit.success(model)) < 0.2, "the task must not be solved at the start"
-    metrics = learn(load_method(name, **settings), model, bandit, steps=50)
+    metrics = learn(load_method(name, **settings), model, bandit, steps=50, until=0.9)
     assert min(bandit.success(model)) > 0.9
     assert metrics[-1]["reward"] > metrics[0]["reward"] + 0.5
     assert any("weight_share/replay/policy" in m for m in metrics) == (name == "replay")
@@ -42,7 +42,7 @@ def test_hybrids_learn_what_sampling_alone_never_finds(name: str, settings: dict
     """Where GRPO stays at zero (test_learning.py), with demonstrations of the answers."""
     model, bandit = model_for(), Bandit.ending()
     assert max(bandit.success(model)) < 1e-3
-    learn(load_method(name, **settings), model, bandit, steps=steps)
+    learn(load_method(name, **settings), model, bandit, steps=steps, until=0.6)
     assert min(bandit.success(model)) > 0.6
 
 
@@ -50,7 +50,7 @@ def test_srl_learns_steps_that_sampling_never_puts_together() -> None:
     """No reward but the likeness to the demonstration's next token, from which it learns to stop as well."""
     model, bandit = model_for(), Bandit(((6, 3, END), (9, 9, END)), ((3, 6, END), (5, 9, END)))
     assert max(bandit.success(model)) < 1e-3
-    learn(load_method("srl", steps=3, think_end="", num_generations=16), model, bandit, steps=100)
+    learn(load_method("srl", steps=3, think_end="", num_generations=16), model, bandit, steps=100, until=0.6)
     assert min(bandit.success(model)) > 0.6
 
 
