@@ -46,10 +46,10 @@ study: $(VENV)/installed-demo
 	@echo "report: $(abspath $(OUT))/report.html"
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(JOBS) tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests
 
 test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n $(JOBS) -m "" tests src
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "" tests src
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
