@@ -103,3 +103,13 @@ def test_a_killed_run_ends_as_if_it_had_not_been(
 def test_pear_without_log_probs_is_told_before_step_1(world: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"needs the column `behaviour_logp` .* which 5 of 5 rows of 'train' lack"):
         crosstrain.train(recipe(world, "pear", {"train": "demos"}), tmp_path / "run")
+
+
+def test_a_stage_may_be_ended_by_a_norm_that_not_every_step_measures(world: Path, tmp_path: Path) -> None:
+    """AMFT measures in its first, fourth and seventh step here; the fourth is the second look, and not better by enough."""
+    method = {"amft": {"warmup_steps": 0, "num_generations": 2, "meta_lr": 0.1, "meta_every": 3}}
+    until = {"metric": "grad_norm/demo", "rule": "plateau", "mode": "max", "patience": 1, "min_delta": 1e6}
+    stages = [{"method": method, "max_steps": 8, "batch_size": 4, "learning_rate": 1e-4, "until": until}]
+    result = crosstrain.train(recipe(world, method, BOTH, stages=stages), tmp_path / "run")
+    [ended] = json.loads((result.folder / "record.json").read_text())["stages"]
+    assert ended == {"method": "amft", "steps": 4, "ended_by": "plateau of grad_norm/demo"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,25 @@ def made(tmp_path: Path) -> Path:
     model = tiny_model(dtype=torch.float32, vocab_size=len(tiny_tokenizer()))
     save_reward_model(model, made_up_value_head(model), tiny_tokenizer(), tmp_path / "reward")
     return tmp_path / "reward"
+
+
+def test_a_run_whose_reward_model_changed_under_its_name_does_not_go_on(
+    world: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = recipe(world, {"method": {"grpo": {"num_generations": 3}}}, rewards=[str(made)], save={"save_steps": 1})
+
+    def stopping(self: Any, line: dict[str, Any]) -> None:
+        if line["step"] == 2:
+            raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(run._Run, "_keep_best", stopping)
+        crosstrain.train(wanted, tmp_path / "run")
+    model = tiny_model(seed=3, dtype=torch.float32, vocab_size=len(tiny_tokenizer()))
+    shutil.rmtree(made)
+    save_reward_model(model, made_up_value_head(model), tiny_tokenizer(), made)
+    with pytest.raises(UserError, match=f"the weights of the reward model {made} have changed since this run began"):
+        crosstrain.train(wanted, tmp_path / "run")
 
 
 def test_a_bad_sample_has_no_score_and_ends_nothing(made: Path) -> None:

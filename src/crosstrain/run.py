@@ -196,6 +196,8 @@ class _Run:
         if until is None:
             return ""
         value = line.get(until.metric)
+        if value is None and until.metric in method.probes:  # which not every step measures
+            return ""
         if value is None:
             looked = any(name.startswith("eval_") for name in line)
             # a step may train on nothing, and one of a method that samples may sample nothing

@@ -12,6 +12,7 @@ from crosstrain.data import template_hash
 from crosstrain.errors import UserError
 from crosstrain.models import describe_model
 from crosstrain.prepare import Prepared
+from crosstrain.rewards.model import files_hash
 from crosstrain.served import why_not
 from crosstrain.training import checkpoint
 from crosstrain.training.engine import Engine
@@ -28,7 +29,7 @@ def setup(recipe: Recipe, ready: Prepared, engine: Engine) -> dict[str, Any]:
         "recipe_hash": config_hash(recipe),
         "model": describe_model(recipe.model.name),
         "teacher": None if ready.teacher is None or recipe.teacher is None else describe_model(recipe.teacher.name),
-        "weights": _weights(ready),
+        "weights": _weights(recipe, ready),
         "parameters": engine.parameters,
         "precision": ready.precision,
         "layout": engine.layout,
@@ -54,9 +55,10 @@ def check_unchanged(folder: Path, record: Mapping[str, Any], found: Mapping[str,
         if before != found[key]:
             raise _changed(folder, f"{key} has", before, found[key])
     for whose, now in found["weights"].items():
-        before = record.get("weights", found["weights"])[whose]  # records of earlier versions have none
+        before = record.get("weights", {}).get(whose, now)  # records of earlier versions have none
         if before != now:
-            raise _changed(folder, f"the weights of the {whose}, {found[whose]}, have", before, now)
+            name = f", {found[whose]}," if whose in found else ""
+            raise _changed(folder, f"the weights of the {whose}{name} have", before, now)
 
 
 def _changed(folder: Path, what: str, before: Any, now: Any) -> UserError:
@@ -66,12 +68,14 @@ def _changed(folder: Path, what: str, before: Any, now: Any) -> UserError:
     )
 
 
-def _weights(ready: Prepared) -> dict[str, str | None]:
-    """sha256 of the weights that were loaded by name: a resumed run reads them again, for its reference, base and teacher."""
-    if ready.teacher is None:
-        return {"model": weights_hash(ready.model), "teacher": None}
-    with ready.teacher.opened() as teacher:
-        return {"model": weights_hash(ready.model), "teacher": weights_hash(teacher)}
+def _weights(recipe: Recipe, ready: Prepared) -> dict[str, str | None]:
+    """sha256 of weights that are found by name, which a resumed run reads again: of reference and base, teacher and rewards."""
+    found: dict[str, str | None] = {"model": weights_hash(ready.model), "teacher": None}
+    if ready.teacher is not None:
+        with ready.teacher.opened() as teacher:
+            found["teacher"] = weights_hash(teacher)
+    names = [] if recipe.rewards is None else [spec.name for spec in recipe.rewards.functions]
+    return found | {f"reward model {name}": files_hash(name) for name in names if Path(name).expanduser().is_dir()}
 
 
 def measured(recipe: Recipe, ready: Prepared, progress: Progress) -> dict[str, Any]:

@@ -532,7 +532,8 @@ class Method:
         for which this was true; since the first step there was, where none was. Keeps a copy of the trained weights.
     saves: what a run that ends with it leaves: the language model, or a sequence classifier of it and the value head.
     probes: quantities to measure and hand to `update`: `grad_norm/<term>`, the norm of that term's gradient alone, at a pass
-        forward and backward each. probing: whether a step measures them, by state; every step does where it is None.
+        forward and backward each. probing: whether a step measures them, by state; every step does where it is None. probe_share:
+        of steps, how many measure them in the long run; for predictions.
     name, settings, paper: how it was made, for records.
     """
 
@@ -560,6 +561,7 @@ class Method:
     movement: Callable[[State], bool] | None = None
     probes: tuple[str, ...] = ()
     probing: Callable[[State], bool] | None = None
+    probe_share: float = 1.0
     saves: Literal["language model", "reward model"] = "language model"
     name: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)

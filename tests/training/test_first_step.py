@@ -75,6 +75,14 @@ def test_a_step_is_expected_to_cost_what_the_first_one_costs(make: Callable[[], 
     assert found.seconds > 0
 
 
+def test_probes_are_expected_as_often_as_they_are_measured() -> None:
+    """One step of four measures, the first among them: a pass more in it is a quarter of one in the mean."""
+    grpo = load_method("grpo", num_generations=3)
+    probed = replace(grpo, probes=("grad_norm/rl",), probing=lambda state: True)
+    never, always, rarely = (measured(engine_for(m), m).cost.flops for m in (grpo, probed, replace(probed, probe_share=0.25)))
+    assert rarely - never == pytest.approx((always - never) / 4) and always > never
+
+
 def test_lengths_are_averaged_over_several_batches_where_nothing_is_sampled() -> None:
     """The second half of the data is looked at too, so that a first batch of short rows misleads nobody."""
     method = load_method("sft")

@@ -429,6 +429,19 @@ def test_probes_measure_each_terms_gradient_and_change_nothing_else() -> None:
     assert spent[1] > spent[0], "two more passes forward and backward cost nothing"
 
 
+def test_probes_draw_the_random_numbers_of_their_step_and_use_none_up() -> None:
+    """Dropout and noise are drawn from torch's generator: a step that measures has those of one that does not."""
+
+    def noise(embeddings: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return embeddings + 0.1 * torch.randn_like(embeddings)
+
+    plain = replace(load_method("grpo", num_generations=3, beta=0.0), embed=noise)
+    runs = [Run(plain), Run(replace(plain, probes=("grad_norm/rl",)))]
+    [none, [first, *_]] = [run.steps() for run in runs]
+    assert unchanged(runs[1].model, weights(runs[0].model))
+    assert first.metrics["grad_norm/rl"] == pytest.approx(none[0].metrics["grad_norm"], rel=1e-6)
+
+
 def test_a_step_that_measures_no_probes_makes_and_counts_no_pass_for_them() -> None:
     """The state counts steps; the second of two measures. Until then it is as without probes, and costs as much."""
     grpo = replace(

@@ -102,6 +102,7 @@ def amft(
         coefs=coefs,
         probes=("grad_norm/rl", "grad_norm/demo") if meta_lr else (),
         probing=probing,
+        probe_share=1 / meta_every,
     )
 
 

@@ -83,7 +83,10 @@ def replay(
             return ()
         names = draw(state, round(replay_ratio * state["batch_size"]), target_rate, rate_std)
         found = [(by_id(name), state["memory"][name]) for name in names]
-        return [Group(e, (replayed(likeliest(known["kept"]), e),), known["stream"]) for e, known in found]
+        return [  # a memory of an earlier version has no streams
+            Group(e, (replayed(likeliest(known["kept"]), e),), known.get("stream", e.id.rpartition(":")[0]))
+            for e, known in found
+        ]
 
     def remember(state: State, groups: Sequence[Group]) -> State:
         memory = dict(state["memory"])

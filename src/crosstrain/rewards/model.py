@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -21,6 +22,16 @@ def is_model(spec: str) -> bool:
     if folder.is_dir():
         return "/" in spec or (folder / "config.json").is_file()
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", spec)) and not spec.endswith(".py")
+
+
+def files_hash(folder: str) -> str:
+    """sha256 of a folder's weights, as they lie there."""
+    digest = hashlib.sha256()
+    place = Path(folder).expanduser()
+    for file in sorted([*place.glob("*.safetensors"), *place.glob("*.bin")]):
+        with file.open("rb") as content:
+            digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}".encode())
+    return digest.hexdigest()
 
 
 class ModelReward:

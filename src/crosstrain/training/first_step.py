@@ -14,7 +14,7 @@ from crosstrain.training.collect import Collected
 from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine
 from crosstrain.training.gradient import backward, denominators, micro_batches
-from crosstrain.training.loop import Progress, draw, make_batch, minibatches, passes, used_demonstrations
+from crosstrain.training.loop import Progress, draw, make_batch, minibatches, used_demonstrations
 from crosstrain.training.metrics import Meter
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.probe import optimizer_seconds
@@ -105,7 +105,7 @@ def _measure_update(
         started = clock(engine.device)
         backward(engine, method, largest, counts, Meter())
         seconds.append(clock(engine.device) - started)
-    times_gone_through = method.updates.epochs * passes(method, method.init())
+    times_gone_through = method.updates.epochs * (1 + len(method.probes) * method.probe_share)
     tokens = distinct_tokens(batch) * times_gone_through
     times = tokens / distinct_tokens(largest)
     cost = Cost().forward_backward(tokens, engine.parameters).took(statistics.median(seconds) * times)

@@ -68,11 +68,13 @@ def measure_probes(
     engine: Engine, method: Method, batch: Batch, counts: Mapping[str, float], optimizer: Optimizer
 ) -> dict[str, float]:
     """What the method asked to be measured: `grad_norm/<term>`, the norm of that term's gradient alone, at a pass each; and what
-    the passes computed."""
+    the passes computed. Each pass has the dropout that the step itself will have."""
     found: dict[str, float] = {}
+    cards = [engine.device] if engine.device.type == "cuda" else []
     for name in method.probes:
         term = next(t for t in method.terms if name == PROBE + t.name)
-        meter = accumulate(engine, replace(method, terms=(term,)), batch, counts, optimizer)
+        with torch.random.fork_rng(devices=cards):
+            meter = accumulate(engine, replace(method, terms=(term,)), batch, counts, optimizer)
         found[name] = optimizer.clip(0.0)
         for what, computed in meter.computed().items():
             found[what] = found.get(what, 0.0) + computed
