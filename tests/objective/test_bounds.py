@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from crosstrain.objective.denominators import capped, clipped_sequence, floored, shaped
+from crosstrain.objective.denominators import capped, clipped_sequence, floored, shaped, shaped_behaviour
 from crosstrain.objective.gates import correction, ppo_clip, soft, token_clip, unlikely
 from crosstrain.objective.schedules import constant, cosine, learning_rate_factor, linear, warmup_cosine
 from crosstrain.testing import tiny_batch
@@ -78,13 +78,13 @@ def test_a_sequences_correction_is_of_its_own_tokens_alone() -> None:
 
 
 def test_gmpos_mean_is_of_a_sequences_own_tokens_and_cut_on_one_side() -> None:
-    """log(pi / old) = 1 and -1 with a bound of 0.5: cut above for A > 0, below for A < 0, nowhere for A = 0."""
+    """log(pi / old) = 1 and -2 with a bound of 0.5: cut above for A > 0, below for A < 0, nowhere for A = 0."""
     batch = tiny_batch([0.0] * 3, [0] * 3, tokens=2)
-    old = torch.tensor([[9.0, -1.0, 1.0]] * 3, dtype=torch.float64)
+    old = torch.tensor([[9.0, -1.0, 2.0]] * 3, dtype=torch.float64)
     batch = replace(batch.with_columns(old_logp=old), advantage=torch.tensor([[1.0], [-1.0], [0.0]]).expand(3, 3))
     zeros = torch.zeros(3, 3, dtype=torch.float64)
     rho = -clipped_sequence(0.5, 0.5)(zeros, batch, batch.trained)
-    assert rho[:, -1].tolist() == pytest.approx([(0.5 - 1) / 2, (1 - 0.5) / 2, 0.0])
+    assert rho[:, -1].tolist() == pytest.approx([(0.5 - 2) / 2, (1 - 0.5) / 2, (1 - 2) / 2])
 
 
 REFUSED: list[Callable[[], Any]] = [
@@ -98,6 +98,7 @@ REFUSED: list[Callable[[], Any]] = [
     lambda: soft(positive=0.0),
     lambda: soft(negative=0.0),
     lambda: shaped(0.0),
+    lambda: shaped_behaviour(0.0),
     lambda: floored(0.0),
     lambda: floored(1.5),
     lambda: capped(None, 0.0),

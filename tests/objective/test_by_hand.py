@@ -22,6 +22,8 @@ from crosstrain.objective.terms import (
     kl,
     nll,
     of_channel,
+    pair_scores,
+    pairwise,
     pairwise_logistic,
     ppo_loss,
     reinforce_loss,
@@ -166,11 +168,11 @@ def test_kl_estimators_by_hand(estimator: Any, value: float, weight: float) -> N
 def test_nll_entropy_and_channels_by_hand() -> None:
     batch = batch_of((row(2, 0.0),))
     logp = torch.tensor([[0.0, -1.0, -2.0]], dtype=torch.float64)
-    channel = torch.tensor([[9.0, 0.5, 1.5]], dtype=torch.float64)
+    channel = torch.tensor([[9.0, 0.5, 2.5]], dtype=torch.float64)
     per = Per(("sequences",))
     assert weights(nll("n", on=OWN, per=per, normalise=seq_mean, coef=3.0), batch, logp)[0] == pytest.approx(3 * 1.5)
-    assert weights(entropy_bonus("e", on=OWN, per=per, normalise=seq_mean, coef=0.5), batch, logp, entropy=channel)[0] == -0.5
-    assert weights(of_channel("c", "x", on=OWN, per=per, normalise=seq_mean, coef=4.0), batch, logp, x=channel)[0] == 4.0
+    assert weights(entropy_bonus("e", on=OWN, per=per, normalise=seq_mean, coef=0.5), batch, logp, entropy=channel)[0] == -0.75
+    assert weights(of_channel("c", "x", on=OWN, per=per, normalise=seq_mean, coef=4.0), batch, logp, x=channel)[0] == 6.0
 
 
 def test_a_group_mean_is_over_the_tokens_of_the_group() -> None:
@@ -186,16 +188,42 @@ def test_a_group_mean_is_over_the_tokens_of_the_group() -> None:
 
 
 def test_dpo_with_smoothing_by_hand() -> None:
-    """Margin beta (d_chosen - d_rejected) = 0.5 (1 + 0.5) = 0.75 and a fifth of it the wrong way round."""
+    """Margin beta (d_chosen - d_rejected) = 0.5 (1 + 0.5) = 0.75 and a fifth of it the wrong way round; coefficient 3."""
     batch = batch_of((row(2, 1.0, Source.EXPERT), row(1, 0.0, Source.EXPERT)))
     batch = batch.with_columns(ref_logp=torch.tensor([[0.0, -1.0, -1.0], [0.0, -1.0, 0.0]], dtype=torch.float64))
     logp = torch.tensor([[0.0, -0.5, -0.5], [0.0, -1.5, 0.0]], dtype=torch.float64)
-    term = pairwise_logistic("dpo", beta=0.5, label_smoothing=0.2, on=by(Source.EXPERT))
+    term = pairwise_logistic("dpo", beta=0.5, label_smoothing=0.2, on=by(Source.EXPERT), coef=3.0)
 
     def sigmoid(x: float) -> float:
         return 1 / (1 + math.exp(-x))
 
     loss, _, found = weights(term, batch, logp)
-    assert loss == pytest.approx(-0.8 * math.log(sigmoid(0.75)) - 0.2 * math.log(sigmoid(-0.75)))
-    w = 0.5 * (0.8 * sigmoid(-0.75) - 0.2 * sigmoid(0.75))
+    assert loss == pytest.approx(3 * (-0.8 * math.log(sigmoid(0.75)) - 0.2 * math.log(sigmoid(-0.75))))
+    w = 3 * 0.5 * (0.8 * sigmoid(-0.75) - 0.2 * sigmoid(0.75))
     assert found == [pytest.approx([w, w]), pytest.approx([-w])]
+
+
+@pytest.mark.parametrize(
+    ("reference", "average", "better", "worse"),
+    [(True, False, 1.0, -0.5), (False, False, -1.0, -1.5), (True, True, 0.5, -0.5), (False, True, -0.5, -1.5)],
+)
+def test_what_a_pairs_answers_score(reference: bool, average: bool, better: float, worse: float) -> None:
+    """Two tokens of -1/2 where the reference has -1, and one of -3/2 where it has -1."""
+    batch = batch_of((row(2, 1.0, Source.EXPERT), row(1, 0.0, Source.EXPERT)))
+    if reference:
+        batch = batch.with_columns(ref_logp=torch.tensor([[0.0, -1.0, -1.0], [0.0, -1.0, 0.0]], dtype=torch.float64))
+    scores = Scores(torch.tensor([[0.0, -0.5, -0.5], [0.0, -1.5, 0.0]], dtype=torch.float64))
+    found = pair_scores(scores, batch, batch.trained, reference=reference, average=average)
+    assert [x.tolist() for x in found] == [[better], [worse]]
+
+
+def test_a_pairs_answer_without_a_token_of_the_term_scores_0() -> None:
+    batch = batch_of((row(2, 1.0, Source.EXPERT), row(1, 0.0)))
+    on = by(Source.EXPERT)(batch)
+    scores = Scores(torch.where(on, -1.0, torch.zeros(2, 3, dtype=torch.float64)))
+    assert [x.tolist() for x in pair_scores(scores, batch, on, reference=False, average=True)] == [[-1.0], [0.0]]
+
+
+def test_a_loss_of_pairs_reads_the_reference_only_where_it_is_asked_to() -> None:
+    for reference, needs in ((True, {"ref_logp"}), (False, set())):
+        assert pairwise("p", lambda one, other: other - one, on=OWN, reference=reference).needs == needs

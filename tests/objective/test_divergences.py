@@ -55,6 +55,14 @@ def test_the_top_two_of_three_by_hand() -> None:
     assert float(on_top_k(1.0, 2, True)(own, other, NONE)) == pytest.approx(0.5 * ln(2) + 0.25 * ln(0.5), abs=1e-3)
 
 
+def test_the_one_most_likely_token_by_hand() -> None:
+    """pi = (1/2, 1/4, 1/4), q = (1/4, 1/4, 1/2): with the rest (1/2, 1/2) and (1/4, 3/4); scaled, both are 1."""
+    own, other = logits((0.5, 0.25, 0.25)), logits((0.25, 0.25, 0.5))
+    expected = 0.5 * math.log(2) + 0.5 * math.log(2 / 3)
+    assert float(on_top_k(1.0, 1, True)(own, other, NONE)) == pytest.approx(expected)
+    assert float(on_top_k(1.0, 1, False)(own, other, NONE)) == pytest.approx(0.0, abs=1e-12)
+
+
 def test_gradients_are_the_published_ones_and_the_other_has_none() -> None:
     """Forward: pi - q. Reverse: pi (log pi - log q - KL)."""
     own, other, targets = random_logits(0)

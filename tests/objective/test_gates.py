@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from crosstrain.objective.gates import Gate, always, ppo_clip, soft, token_clip
+from crosstrain.objective.gates import Gate, always, ppo_clip, soft, token_clip, unlikely
 from crosstrain.testing import tiny_batch
 
 NEAR_BOUNDS = st.one_of(st.floats(0.01, 5), st.sampled_from([0.7, 0.8, 1.0, 1.2, 1.28, 1 - 0.2, 1 + 0.2, 3.0]))
@@ -71,6 +72,28 @@ def test_a_tokens_own_ratio_is_clipped_whatever_the_terms_ratio_is() -> None:
     old, advantage = torch.tensor([-0.5, -0.5, 0.5, 0.5]), torch.tensor([1.0, -1.0, 1.0, -1.0])
     assert opened(token_clip(0.4, 0.4), torch.ones(4), advantage, old).tolist() == [0, 1, 1, 0]
     assert opened(token_clip(0.6, 0.6), torch.ones(4), advantage, old).tolist() == [1] * 4
+
+
+def test_without_an_advantage_no_clip_is_closed() -> None:
+    """Log-probs are 0, so that log(pi / old) is 1 and -1."""
+    ratio, none = torch.tensor([4.0, 0.1]), torch.zeros(2)
+    assert opened(ppo_clip(0.2, 0.2), ratio, none).tolist() == [1, 1]
+    assert opened(ppo_clip(0.2, 0.2, dual=3.0), ratio, none).tolist() == [1, 1]
+    assert opened(token_clip(0.4, 0.4), ratio, none, torch.tensor([-1.0, 1.0])).tolist() == [1, 1]
+
+
+def test_without_an_advantage_the_soft_gate_falls_as_for_a_negative_one() -> None:
+    """sigmoid(ln 3) = 3/4: 4 3/4 1/4."""
+    found = opened(soft(positive=1.0, negative=math.log(3.0)), torch.tensor([2.0], dtype=torch.float64), torch.zeros(1))
+    assert found.item() == pytest.approx(0.75)
+
+
+def test_an_unlikely_token_counts_more() -> None:
+    """(1 - p)^power for p = 3/4: sqrt(1/4), and (1/4)^2."""
+    logp = torch.full((1, 2), 0.75, dtype=torch.float64).log()
+    batch = tiny_batch([0.0], [0], tokens=1)
+    for power, expected in ((0.5, 0.5), (2.0, 0.0625)):
+        assert unlikely(power)(logp.exp(), logp, batch, batch.trained)[0, 1].item() == pytest.approx(expected)
 
 
 @given(st.floats(0.01, 5), st.sampled_from([-1.0, 1.0]))

@@ -93,6 +93,14 @@ def test_nothing_outside_the_mask_reaches_a_value() -> None:
     assert torch.equal(gradient, torch.where(inside, -0.25, 0.0))
 
 
+def test_a_column_with_a_number_per_row_reaches_a_value_whole() -> None:
+    """Two of the five rows have EXPERT tokens: 1 + 2."""
+    batch = BATCH.with_columns(weight=torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0]))
+    term = Term("t", lambda s, b, on: b.columns["weight"], by(E), Per(()))
+    part = term_loss(term, Scores(torch.zeros(5, 4)), batch, {"t": 1.0})
+    assert part is not None and part.logged == 3.0
+
+
 def test_what_a_value_returns_outside_the_mask_is_left_out() -> None:
     """Per token and per sequence; a row is inside when any of its tokens is."""
     per_token = Term("t", lambda s, b, on: torch.ones(5, 4), by(E), Per(()))

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from crosstrain.objective.returns import gae, own_tokens, returns_to_go, token_rewards, whitened_tokens
+from crosstrain.objective.returns import (
+    Estimator,
+    gae,
+    kl_penalty,
+    own_tokens,
+    returns_to_go,
+    shaped_by_entropy,
+    token_rewards,
+    whitened_tokens,
+)
 from crosstrain.training.batching import to_batch
-from crosstrain.types import Batch, Example, Group, Source, Trajectory
+from crosstrain.types import Batch, Example, Group, Scores, Source, Trajectory
 
 LETTERS = {"P": Source.PROMPT, "O": Source.POLICY, "T": Source.TOOL}
 
@@ -81,3 +91,57 @@ def test_whitening_is_over_all_own_tokens_of_the_step() -> None:
     assert float(kept[own].mean()) == pytest.approx(float(values[own].mean()))
     alone = batch_of("O")
     assert whitened_tokens(alone, torch.tensor([[9.0, 5.0]]))[0, 1] == 0
+
+
+def test_two_tokens_are_whitened_by_hand() -> None:
+    """1 and 3: mean 2, std sqrt(2), to which eps is added."""
+    batch, values = batch_of("OO"), torch.tensor([[9.0, 1.0, 3.0]])
+    expected = 1 / (2**0.5 + 0.5)
+    assert whitened_tokens(batch, values, eps=0.5)[0, 1:].tolist() == pytest.approx([-expected, expected])
+    shifted = whitened_tokens(batch, values, shift_mean=False, eps=0.5)
+    assert shifted[0, 1:].tolist() == pytest.approx([2 - expected, 2 + expected])
+
+
+@pytest.mark.parametrize("row", ["OTO", "TOT"])
+def test_what_others_wrote_holds_nan_in_every_result(row: str) -> None:
+    batch = batch_of(row)
+    values = noise(batch, 0)
+    for found in (token_rewards(batch, penalty=values), returns_to_go(batch, values), whitened_tokens(batch, values)):
+        assert torch.isnan(found).tolist() == (~own_tokens(batch)).tolist()
+
+
+def test_no_result_has_a_gradient() -> None:
+    batch = batch_of("OTO")
+    values = noise(batch, 0).requires_grad_()
+    results = [
+        token_rewards(batch, penalty=values),
+        gae(batch, values, values, gamma=0.9, lam=0.8),
+        whitened_tokens(batch, values),
+    ]
+    assert not any(found.requires_grad for found in results)
+
+
+def never(batch: Batch, **asked: Any) -> Scores:
+    raise AssertionError("the log-probs are known, and were computed again")
+
+
+@pytest.mark.parametrize(("estimator", "expected"), [("k1", 1.0), ("k2", 0.25)])
+def test_a_kl_in_the_reward_by_hand(estimator: Estimator, expected: float) -> None:
+    """log pi_old - log ref = -1 + 1.5 = 0.5, times a coefficient of 2: 2 0.5, and 2 0.5^2 / 2."""
+    batch = batch_of("O").with_columns(old_logp=torch.full((1, 2), -1.0), ref_logp=torch.full((1, 2), -1.5))
+    assert kl_penalty(never, batch, 2.0, estimator)[0, 1].item() == expected
+
+
+def test_a_kl_in_the_reward_of_a_batch_that_is_used_once_is_of_the_current_policy() -> None:
+    """log pi - log ref = -1.25 + 1.5 = 0.25, times 2."""
+
+    def look(batch: Batch, **asked: Any) -> Scores:
+        return Scores(torch.full(batch.tokens.shape, -1.25))
+
+    assert kl_penalty(look, batch_of("O").with_columns(ref_logp=torch.full((1, 2), -1.5)), 2.0)[0, 1].item() == 0.5
+
+
+def test_credit_shaped_by_entropy_by_hand() -> None:
+    """A + min(H / 4, |A| / 2): 1 + 1/4, 1 + 1/2 at the bound, -1 + 1/2 at the bound, -4 + 1/4, 0."""
+    advantage, entropy = torch.tensor([1.0, 1.0, -1.0, -4.0, 0.0]), torch.tensor([1.0, 8.0, 8.0, 1.0, 1.0])
+    assert shaped_by_entropy(advantage, entropy, alpha=0.25, kappa=2.0).tolist() == [1.25, 1.5, -0.5, -3.75, 0.0]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crosstrain.objective.schedules import constant, cosine, learning_rate_factor, linear
+from crosstrain.objective.schedules import constant, cosine, learning_rate_factor, linear, warmup_cosine
 
 
 def test_schedules_start_end_and_stay() -> None:
@@ -16,6 +16,12 @@ def test_schedules_start_end_and_stay() -> None:
     for make in (linear, cosine):
         with pytest.raises(ValueError, match="steps"):
             make(1.0, 0.0, 0)
+
+
+def test_a_warmup_rises_to_the_peak_before_the_cosine() -> None:
+    """A quarter of 0.8 a step, then half a cosine over 10 steps: half way at 4 + 5."""
+    schedule = warmup_cosine(0.8, 0.2, 4, 10)
+    assert [schedule(s) for s in (0, 1, 3, 4, 9, 14, 99)] == pytest.approx([0.0, 0.2, 0.6, 0.8, 0.5, 0.2, 0.2])
 
 
 def test_the_learning_rate_warms_up_and_then_follows_the_progress() -> None:

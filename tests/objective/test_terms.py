@@ -16,6 +16,7 @@ from crosstrain.objective.reduce import count, term_loss
 from crosstrain.objective.terms import (
     best_by,
     by,
+    clipped,
     group_mean,
     kl,
     nll,
@@ -54,6 +55,7 @@ DENOMINATORS = {
     "old": (denominators.old, lambda p, old: p / old),
     "one": (denominators.one, lambda p, old: p),
     "shaped": (denominators.shaped(0.3), lambda p, old: 0.3 * p / (p + 0.3) ** 2),
+    "shaped_behaviour": (denominators.shaped_behaviour(0.3), lambda p, b: 0.3 * (p / b) / (p / b + 0.3) ** 2),
     "uncertain": (denominators.uncertain, lambda p, old: p * (1 - p)),
     "floored": (denominators.floored(0.1), lambda p, old: p / p.clamp(min=0.1)),
     "mixture": (denominators.mixture, lambda p, old: 2 * p / (old + (old + 1) / 2)),
@@ -71,7 +73,8 @@ def test_the_weight_is_gate_times_ratio_times_advantage(
     """The four parts of arXiv:2509.04419, and the normaliser (6 tokens)."""
     denominator, closed_form = DENOMINATORS[name]
     now, before = torch.tensor(logp).double().view(2, 3), torch.tensor(old).double().view(2, 3)
-    batch = two_by_three(advantage).with_columns(old_logp=torch.nn.functional.pad(before, (1, 0)))
+    wide = torch.nn.functional.pad(before, (1, 0))
+    batch = two_by_three(advantage).with_columns(old_logp=wide, behaviour_logp=wide)
     half = surrogate(
         "t", on=by(Source.POLICY), per=Per(("own_tokens",)), denominator=denominator, gate=lambda r, *rest: 0.5 + 0 * r
     )
@@ -79,16 +82,61 @@ def test_the_weight_is_gate_times_ratio_times_advantage(
     torch.testing.assert_close(weights(half, now, batch), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_no_gradient_flows_through_denominator_gate_or_advantage() -> None:
-    """A denominator that forgets to detach is detached by the primitive."""
+def test_no_gradient_flows_through_denominator_gate_or_correction() -> None:
+    """Of parts that do not stop it themselves, the primitive does: all of them are 1 here, and only the ratio has a gradient."""
     careless = surrogate(
         "t",
         on=by(Source.POLICY),
         per=Per(("own_tokens",)),
         denominator=lambda logp, batch, on: logp,
-        gate=lambda ratio, *rest: ratio,
+        gate=lambda ratio, logp, *rest: ratio * torch.exp(logp + 1),
+        corrected=lambda logp, batch, on: torch.exp(logp + 1),
     )
     assert torch.allclose(weights(careless, torch.full((2, 3), -1.0), two_by_three()), torch.full((2, 3), 1 / 6).double())
+
+
+def test_no_gradient_flows_through_the_advantage() -> None:
+    batch = two_by_three()
+    advantage = batch.advantage.requires_grad_()
+    term = surrogate("t", on=by(Source.POLICY), per=Per(("own_tokens",)))
+    part = term_loss(term, Scores(torch.zeros(2, 4).double().requires_grad_()), batch, {"t": 6.0})
+    assert part is not None and torch.autograd.grad(part.loss, advantage, allow_unused=True) == (None,)
+
+
+@pytest.mark.parametrize("denominator", [*(d for d, _ in DENOMINATORS.values()), denominators.clipped_sequence(0.1, 0.1)])
+def test_a_denominator_has_no_gradient(denominator: denominators.Denominator) -> None:
+    batch = two_by_three().with_columns(behaviour_logp=torch.full((2, 4), -2.0).double())
+    logp = torch.full((2, 4), -1.0).double().requires_grad_()
+    assert not denominator(logp, batch, batch.trained).requires_grad
+
+
+def test_a_sequence_without_tokens_of_the_term_has_a_ratio_of_1() -> None:
+    batch = two_by_three().with_columns(old_logp=torch.full((2, 4), -2.0).double())
+    logp = torch.full((2, 4), -1.0).double()
+    assert torch.equal(denominators.sequence(logp, batch, torch.zeros_like(batch.trained)), logp)
+
+
+@pytest.mark.parametrize(
+    ("advantage", "opened"), [(1.0, [[1, 0, 1], [0, 1, 1]]), (-1.0, [[1, 1, 0], [0, 1, 1]]), (0.0, [[0, 0, 0], [0, 0, 0]])]
+)
+def test_a_clipped_terms_gradient_is_that_of_the_loss_it_logs(advantage: float, opened: list[list[int]]) -> None:
+    """Bounds 0.8 and 1.2, dual 3, a correction of 2, 6 tokens: 2 r A / 6 where open. Neither part stops a gradient itself."""
+    moved = torch.tensor([[0.1, 0.5, -0.5], [1.5, -0.1, 0.0]]).double()
+    term = clipped(
+        "t",
+        0.2,
+        0.2,
+        on=by(Source.POLICY),
+        per=Per(("own_tokens",)),
+        denominator=lambda logp, batch, on: logp - torch.nn.functional.pad(moved, (1, 0)),
+        dual=3.0,
+        corrected=lambda logp, batch, on: 2 * torch.exp(logp + 1),
+    )
+    assert term.logged is not None
+    expected = 2 * moved.exp() * advantage / 6 * torch.tensor(opened)
+    for value in (term.value, term.logged):
+        found = weights(replace(term, value=value), torch.full((2, 3), -1.0), two_by_three(advantage))
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_old_is_the_current_policy_when_a_batch_is_used_once() -> None:

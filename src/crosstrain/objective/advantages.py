@@ -70,7 +70,7 @@ def group_normalised(batch: Batch, std_eps: float = 1e-6, over: tuple[Source, ..
     mean, count = _group_mean_and_count(batch, reward, member)
     deviation = reward - mean
     variance_sum = _group_sum(batch, torch.where(member, deviation**2, torch.zeros_like(deviation)))
-    std = (variance_sum / (count - 1).clamp(min=1)).sqrt()
+    std = (variance_sum / (count - 1)).sqrt()  # not read in a group of one
     return torch.where(count <= 1, reward, deviation / (std + std_eps)).to(batch.reward)
 
 
@@ -99,7 +99,7 @@ def leave_one_out(batch: Batch) -> Tensor:
     reward = _exact(batch.reward)
     total = _group_sum(batch, reward)
     count = _group_sum(batch, torch.ones_like(reward))
-    others = (total - reward) / (count - 1).clamp(min=1)
+    others = (total - reward) / (count - 1)  # not read in a group of one
     return torch.where(count == 1, reward, reward - others).to(batch.reward)
 
 
@@ -129,8 +129,7 @@ def _group_index(batch: Batch) -> Tensor:
 def _group_sum(batch: Batch, values: Tensor) -> Tensor:
     """[B]: each row's sum of `values` over its group."""
     index = _group_index(batch)
-    sums = torch.zeros(int(index.max()) + 1 if len(index) else 0, dtype=values.dtype, device=values.device)
-    return sums.index_add(0, index, values)[index]
+    return torch.zeros_like(values).index_add(0, index, values)[index]  # there are at most as many groups as rows
 
 
 def _group_mean_and_count(batch: Batch, values: Tensor, member: Tensor) -> tuple[Tensor, Tensor]:

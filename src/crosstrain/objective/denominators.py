@@ -135,8 +135,9 @@ def clipped_sequence(low: float, high: float) -> Denominator:
     )
     def log_den(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         moved = logp.detach() - old(logp, batch, on)
-        clipped = torch.where(batch.advantage > 0, moved.clamp(max=high), moved.clamp(min=-low))
-        return logp.detach() - _row_mean(torch.where(batch.advantage == 0, moved, clipped), on)
+        moved = torch.where(batch.advantage > 0, moved.clamp(max=high), moved)
+        moved = torch.where(batch.advantage < 0, moved.clamp(min=-low), moved)
+        return logp.detach() - _row_mean(moved, on)
 
     return log_den
 

@@ -54,7 +54,7 @@ def on_top_k(beta: float, k: int, tail: bool) -> Divergence:
     generalised_jsd(beta)
 
     def over_some(logits: Tensor, others: Tensor, targets: Tensor) -> Tensor:
-        at = logits.detach().topk(min(k, logits.shape[-1]), dim=-1).indices
+        at = logits.topk(min(k, logits.shape[-1]), dim=-1).indices
         own, theirs = (torch.log_softmax(z, dim=-1).gather(-1, at) for z in (logits, others.detach()))
         own, theirs = (_with_rest(x) if tail else torch.log_softmax(x, dim=-1) for x in (own, theirs))
         if beta in (0, 1):

@@ -1,6 +1,7 @@
-"""How much of a token's gradient gets through: `(ratio, logp, batch, on) -> [B, T]`, without gradient.
+"""How much of a token's gradient gets through: `(ratio, logp, batch, on) -> [B, T]`.
 
-ratio: exp(logp - log_den) of the term's denominator, [B, T]. on: the term's own tokens, outside of which all of it is 0.
+ratio: exp(logp - log_den) of the term's denominator, [B, T]. It and logp come without gradient, so that a gate has none. on: the
+term's own tokens, outside of which logp and columns are 0.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def token_clip(low: float, high: float) -> Gate:
 
     @says(f"0 where A > 0 and log(pi / pi_old) > {high:g}, or A < 0 and log(pi / pi_old) < -{low:g}; else 1")
     def gate(ratio: Tensor, logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
-        moved = torch.where(on, logp - old(logp, batch, on), torch.zeros_like(logp))
+        moved = logp - old(logp, batch, on)
         closed = ((batch.advantage > 0) & (moved > high)) | ((batch.advantage < 0) & (moved < -low))
         return (~closed).to(ratio.dtype)
 
@@ -98,7 +99,7 @@ def correction(kind: Correction, cap: float, lowest: float = 0.0) -> Callable[[T
     """
     if kind not in ("none", "truncate", "mask", "sequence_mask"):
         raise ValueError(f"off_policy_correction: got {kind!r}; allowed: none, truncate, mask, sequence_mask")
-    if cap <= 0 or not 0 <= lowest < cap:
+    if not 0 <= lowest < cap:
         raise ValueError(f"correction: got cap={cap}, lowest={lowest}; cap must be positive and lowest below it")
 
     what = {
@@ -112,7 +113,7 @@ def correction(kind: Correction, cap: float, lowest: float = 0.0) -> Callable[[T
     def weight(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
         if kind == "none":
             return torch.ones_like(logp)
-        apart = old(logp.detach(), batch, on) - batch.columns["behaviour_logp"].to(logp.dtype)
+        apart = old(logp, batch, on) - batch.columns["behaviour_logp"].to(logp.dtype)
         apart = torch.where(on, apart, torch.zeros_like(logp))
         if kind == "sequence_mask":
             apart = apart.sum(dim=1, keepdim=True).expand(logp.shape)

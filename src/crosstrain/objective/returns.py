@@ -35,7 +35,7 @@ def token_rewards(batch: Batch, credit: Tensor | None = None, penalty: Tensor | 
     own = own_tokens(batch).cpu()
     given = raw_reward(batch) if credit is None else credit
     taken = torch.zeros(own.shape, dtype=torch.float64) if penalty is None else _exact(penalty)
-    last = own & (own.flip(1).cumsum(1).flip(1) == 1)
+    last = own.flip(1).cumsum(1).flip(1) == 1  # also what others wrote just before it
     earned = torch.where(last, _exact(given)[:, None] - taken, -taken)
     return torch.where(own, earned, torch.full_like(earned, math.nan))
 

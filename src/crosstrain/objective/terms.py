@@ -77,16 +77,16 @@ def surrogate(
 ) -> Term:
     """A policy-gradient term: `-gate * exp(logp - log_den) * A` per token, [B, T].
 
-    The ratio's gradient flows through logp only: denominators, gates and advantages are detached here, once. corrected: a further
-    factor without gradient (see `gates.correction`).
+    The ratio's gradient flows through logp only: denominators, gates and corrections get numbers without gradient, and the
+    advantage's is stopped. corrected: a further factor (see `gates.correction`).
     """
 
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-        log_den = denominator(scores.logp.detach(), batch, on).detach()
-        ratio = torch.exp(torch.where(on, scores.logp - log_den, torch.zeros_like(scores.logp)))
-        opened = gate(ratio.detach(), scores.logp.detach(), batch, on).detach()
+        logp = scores.logp.detach()
+        ratio = torch.exp(scores.logp - denominator(logp, batch, on))
+        opened = gate(ratio.detach(), logp, batch, on)
         if corrected is not None:
-            opened = opened * corrected(scores.logp.detach(), batch, on).detach()
+            opened = opened * corrected(logp, batch, on)
         return -opened * ratio * batch.advantage.detach() * normalise(on, batch)
 
     slots = {
@@ -150,14 +150,13 @@ def ppo_loss(
     """
 
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-        log_den = denominator(scores.logp.detach(), batch, on).detach()
-        ratio = torch.exp(torch.where(on, scores.logp - log_den, torch.zeros_like(scores.logp)))
-        advantage = batch.advantage
+        logp, advantage = scores.logp.detach(), batch.advantage
+        ratio = torch.exp(scores.logp - denominator(logp, batch, on))
         loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - low, 1 + high))
         if dual is not None:
             loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * dual), loss)
         if corrected is not None:
-            loss = loss * corrected(scores.logp.detach(), batch, on)
+            loss = loss * corrected(logp, batch, on)
         return loss * normalise(on, batch)
 
     return value
@@ -231,8 +230,7 @@ def kl(
         raise ValueError(f"kl: got estimator={estimator!r}; allowed: k1, k2, k3")
 
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-        difference = torch.where(on, scores.logp - batch.columns["ref_logp"], torch.zeros_like(scores.logp))
-        return divergence(difference, estimator) * normalise(on, batch)
+        return divergence(scores.logp - batch.columns["ref_logp"], estimator) * normalise(on, batch)
 
     describe = f"{estimator} of log pi - log ref"
     return Term(
@@ -283,7 +281,7 @@ def pair_scores(
     """Of each pair's better and worse answer, [P] each: the sum over its tokens of logp, less ref_logp with `reference`, in nats;
     with `average` the mean over its tokens."""
     moved = scores.logp - batch.columns["ref_logp"] if reference else scores.logp
-    totals = torch.where(on, moved, torch.zeros_like(moved)).sum(dim=1)
+    totals = moved.sum(dim=1)
     if average:
         totals = totals / on.sum(dim=1).clamp(min=1)
     better, worse = batch.pairs()
