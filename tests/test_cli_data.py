@@ -89,6 +89,8 @@ def test_mistakes(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "data.train.filter leaves no row: it keeps 0 of 6 rows; min_length took 6" in capsys.readouterr().err
     assert main(["data", "check", str(file), "--max-length", "9"]) == 2
     assert "--max-length has no effect on a recipe" in capsys.readouterr().err
+    assert main(["data", "check", str(file), "--ask"]) == 2
+    assert f"--ask is for a recipe whose data have a `teacher`; those of {file} have none" in capsys.readouterr().err
     (world / "bad.jsonl").write_text('{"promt": "a"}\n{"prompt": ""}\n')
     assert main(["data", "check", str(recipe(world, str(world / "bad.jsonl")))]) == 2
     shown = capsys.readouterr()

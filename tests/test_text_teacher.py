@@ -21,10 +21,11 @@ import crosstrain
 from crosstrain import text_server
 from crosstrain.assemble import load_streams
 from crosstrain.cli import main
-from crosstrain.config import Recipe, TextTeacherSpec, parse, to_yaml
+from crosstrain.config import Recipe, TextTeacherSpec, config_hash, parse, to_yaml
 from crosstrain.data.rows import Row
 from crosstrain.errors import UserError
 from crosstrain.load_data import LoadedStream, load_stream
+from crosstrain.methods import load_method
 from crosstrain.models import load_tokenizer
 from crosstrain.planning import plan
 from crosstrain.testing import save_tiny_model
@@ -238,9 +239,16 @@ def test_several_answers_are_rows_of_their_own(world: Path, server: Server, cach
     assert [e.where for e in one.stream.examples][:4] == [
         f"{world}/prompts.jsonl:{row}" for row in ("1#1", "1#2", "1#3", "2#1")
     ]
+    assert [e.id for e in one.stream.examples] == [f"train:{i}#{k}" for i in range(6) for k in (1, 2, 3)]
     assert answers(loaded(made)) == answers(one) and len(server.asked) == 18
     assert len(answers(loaded(recipe(world, server, n=4, temperature=1.0)))) == 24
     assert len(server.asked) == 24  # the first three of each are those that were there
+
+
+def test_each_of_several_answers_has_a_seed_of_its_own(world: Path, server: Server) -> None:
+    server.reply = lambda asked: told(f"{asked.prompt} {asked.body['seed']}", chat=False)
+    one = loaded(recipe(world, server, data={"size": 2}, n=3, temperature=1.0, extra_body={"seed": 7}))
+    assert answers(one) == [f"{p} {seed}" for p in PROMPTS[:2] for seed in (7, 8, 9)]
 
 
 def test_a_prompt_that_comes_twice_is_asked_once(world: Path, server: Server, tmp_path: Path) -> None:
@@ -264,21 +272,30 @@ def test_rows_do_not_depend_on_the_order_in_which_answers_arrive(
     assert (arrived == answers(one)) == (workers == 1)
 
 
-def test_cut_and_empty_answers_are_left_out_and_counted(world: Path, server: Server) -> None:
+def test_cut_and_empty_answers_are_left_out_and_counted(world: Path, server: Server, cache: Path) -> None:
     def some(asked: Asked) -> Reply:
         k = int(asked.prompt[-1])
-        text, reason = [("a", "length"), (" ", "stop"), ("c", "stop"), ("d", "eos_token"), ("e", "length"), ("f", None)][k]
+        text, reason = [
+            ("a", "length"),
+            (" ", "stop"),
+            ("c", "stop"),
+            ("d", "eos_token"),
+            ("e", "length"),
+            ("f", "tool_calls"),
+        ][k]
         return told(text, reason, chat=False)
 
     server.reply = some
     made = recipe(world, server)
     one, file = loaded(made), world / "prompts.jsonl"
-    assert answers(one) == ["c", "d"]
+    assert answers(one) == ["c", "d"] and [e.id for e in one.stream.examples] == ["train:2", "train:3"]
+    [kept] = (cache / "answers").glob("*.jsonl")
     assert one.warnings == (
         f"train: teacher keeps 2 of 6 rows; empty took 1, first {file}:2; length took 2, first {file}:1, {file}:5; "
-        f"no finish_reason took 1, first {file}:6",
+        f"tool_calls took 1, first {file}:6; all are in {kept}",
     )
-    assert load_streams(made, load_tokenizer(made.model.name), None).warnings == one.warnings and len(server.asked) == 6
+    found = load_streams(made, load_tokenizer(made.model.name), None, [load_method("sft")])
+    assert found.warnings == one.warnings and len(server.asked) == 6
     server.reply = lambda asked: told("cut", "length", chat=False)
     with pytest.raises(
         UserError, match=r"data.train.teacher leaves no row: it keeps 0 of 6 rows; length took 6.* raise `max_comp"
@@ -418,6 +435,59 @@ def test_nothing_is_asked_for_rows_that_a_run_would_refuse(world: Path, server: 
     assert not server.asked
 
 
+def changed(made: Recipe, **more: Any) -> Recipe:
+    return parse(Recipe, made.model_dump(exclude_defaults=True) | more)
+
+
+def test_nothing_is_paid_for_a_recipe_that_cannot_run(world: Path, server: Server, tmp_path: Path) -> None:
+    write(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    made = recipe(world, server)
+    stage = {"max_steps": 1, "batch_size": 3, "learning_rate": 1e-2}
+    both = {"train": made.data["train"].model_dump(exclude_defaults=True), "pairs": str(tmp_path / "pairs.jsonl")}
+    stages = [{**stage, "method": "sft"}, {**stage, "method": "dpo", "data": "pairs"}]
+    lora = {k: v for k, v in made.model_dump(exclude_defaults=True).items() if k != "stages"}
+    lora |= {"data": both, "stages": stages, "model": {"name": str(world / "model"), "lora": {"r": 2}}}
+    grpo = {"grpo": {"num_generations": 2}}
+    for refused, message in (
+        (recipe(world, server, method="dpo"), "method dpo needs `chosen` and `rejected`"),
+        (recipe(world, server, method=grpo), "method grpo samples completions, and nothing scores them"),
+        (changed(recipe(world, server, method=grpo), rewards=["nowhere.py:f"]), "nowhere.py"),
+        (parse(Recipe, lora), "stage 1: a reference at the stage's start is not kept for LoRA runs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            crosstrain.train(refused, tmp_path / message[:8])
+    assert not server.asked
+
+
+def test_answers_that_nobody_reads(world: Path, server: Server, tmp_path: Path) -> None:
+    made = recipe(world, server, data={"order": "length"})
+    idle = {"train": str(world / "told.jsonl"), "idle": made.data["train"].model_dump(exclude_defaults=True)}
+    records = []
+    for name in ("before", "after"):
+        folder = crosstrain.train(changed(made, data=idle), tmp_path / name).folder
+        records.append(json.loads((folder / "record.json").read_text()))
+        assert len(server.asked) == (0 if name == "before" else 6)
+        loaded(made)  # somebody else asks
+    assert records[0]["warnings"] == records[1]["warnings"] == ["data.idle: no stage draws from it"]
+    assert records[0]["data"] == records[1]["data"]  # a run goes on
+    for method, read in (("sft", True), ({"grpo": {"num_generations": 2}}, False)):
+        sampling = {} if read else {"rewards": ["exact_match"], "sampling": {"max_completion_length": 3}}
+        warned = plan(changed(recipe(world, server, method=method), **sampling)).warnings
+        assert ("data.train.teacher: no stage learns from demonstrations" not in warned) == read
+
+
+def test_a_run_goes_on_with_more_patience_and_a_corrected_address(world: Path, server: Server, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(UserError, match="correct `base_url`"):
+        crosstrain.train(recipe(world, server, base_url="http://127.0.0.1:1/v1"), out)
+    assert crosstrain.train(recipe(world, server), out).metrics["step"] == 2
+    patient = recipe(world, server, concurrency=1, timeout_s=9.0, retries=7, api_key_env="NOT_SET")
+    assert config_hash(patient) == config_hash(recipe(world, server))
+    assert crosstrain.train(patient, out).metrics["step"] == 2 and len(server.asked) == 6
+    with pytest.raises(UserError, match=r"holds a run of another recipe: data.train.teacher.model is "):
+        crosstrain.train(recipe(world, server, model="bigger"), out)
+
+
 # --- what goes wrong ------------------------------------------------------------------------------------------------------
 
 
@@ -430,6 +500,26 @@ def test_a_busy_server_is_asked_again(world: Path, server: Server) -> None:
     server.reply = in_turn(refused(429, Retry_After="0"), refused(503), (0, {}, b""))
     assert answers(loaded(recipe(world, server, concurrency=1, retries=3))) == [f"{p}!" for p in PROMPTS]
     assert [one.prompt for one in server.asked] == ["say 0"] * 3 + PROMPTS
+
+
+@pytest.mark.parametrize("reason", ["abort", "error", None])
+def test_an_answer_that_the_server_gave_up_is_asked_for_again_and_not_kept(
+    world: Path, server: Server, cache: Path, reason: str | None
+) -> None:
+    given_up = told("sa", reason, chat=False)
+    server.reply = in_turn(*[given_up] * 3)
+    with pytest.raises(
+        UserError, match=r"prompts.jsonl:1: .*\(tried 3 times\) (gave up its answer|does not say why its answer)"
+    ):
+        loaded(recipe(world, server, concurrency=1))
+    assert not kept_lines(cache)
+    server.asked.clear()
+    server.reply = in_turn(given_up)
+    assert answers(loaded(recipe(world, server, concurrency=1))) == [f"{p}!" for p in PROMPTS] and len(server.asked) == 7
+    # an earlier version kept them
+    [file] = (cache / "answers").glob("*.jsonl")
+    file.write_text(file.read_text().replace('"finish_reason": "stop"', f'"finish_reason": {json.dumps(reason)}', 1))
+    assert answers(loaded(recipe(world, server))) == [f"{p}!" for p in PROMPTS] and len(server.asked) == 8
 
 
 def test_waits_grow_and_a_server_may_set_them() -> None:
@@ -560,6 +650,8 @@ def test_text_that_is_no_unicode_can_be_kept(server: Server) -> None:
     [
         ({"base_url": "localhost:8000/v1"}, "data.teacher.base_url: must be an address such as"),
         ({"base_url": "http://a b/v1"}, "must be an address"),
+        ({"base_url": "http://a..b/v1"}, "data.teacher.base_url: got 'http://a..b/v1'; a host's name has 1 to 63 characters"),
+        ({"base_url": f"http://{'a' * 70}/v1"}, "a host's name has 1 to 63 characters"),
         ({"base_url": "http://h:999999/v1"}, "data.teacher.base_url: Port out of range"),
         ({"base_url": "http://me:pw@h/v1"}, "must hold no user, password"),
         ({"base_url": "https://h/v1?key=1"}, "must hold no user, password"),

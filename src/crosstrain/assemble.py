@@ -16,7 +16,7 @@ from crosstrain.data.curricula import Curriculum
 from crosstrain.data.mixtures import Mixture
 from crosstrain.errors import UserError, nearest
 from crosstrain.head import check_head
-from crosstrain.load_data import load_stream
+from crosstrain.load_data import load_stream, untaught
 from crosstrain.methods import load_method
 from crosstrain.models import has_bf16_instructions, load_model, load_tokenizer, load_weights, resolve_device
 from crosstrain.rewards import RewardPool, load_reward
@@ -30,7 +30,7 @@ from crosstrain.training.engine import Engine, Teacher
 from crosstrain.training.loop import StageSettings
 from crosstrain.training.optimizer import Precision
 from crosstrain.training.score import choose_layout
-from crosstrain.types import Group, Method
+from crosstrain.types import Group, Method, Plan
 from crosstrain.value_head import make_value_head, named
 
 
@@ -38,8 +38,8 @@ from crosstrain.value_head import make_value_head, named
 class Loaded:
     """The data of a recipe: a stream of tokenized examples and the content's hash, by stream name.
 
-    reports: what was done to the rows of each source, of the streams that filter, choose, order or mix. looked_at: tokens that went
-    through the untrained model for that.
+    reports: what was done to the rows of each source, of the streams that have a teacher, filter, choose, order or mix. looked_at:
+    tokens that went through the untrained model for that. waiting: how many answers of servers are not there yet.
     """
 
     streams: Mapping[str, Stream | Curriculum | Mixture]
@@ -48,6 +48,7 @@ class Loaded:
     warnings: tuple[str, ...]
     reports: Mapping[str, list[dict[str, Any]]]
     looked_at: int
+    waiting: int = 0
 
 
 def resolve_precision(recipe: Recipe, device: torch.device) -> Precision:
@@ -141,10 +142,14 @@ def check_vocabularies(name: str, tokenizer: Any, teacher: str, other: Any) -> N
 
 def load_streams(recipe: Recipe, tokenizer: Any, model: Any, methods: Sequence[Method] = (), *, ask: bool = True) -> Loaded:
     """Every stream of the recipe, tokenized, with the contexts that methods ask of it, its rows filtered, chosen (by what `model`,
-    not yet trained, makes of them) and ordered as the recipe says. ask: see `load_stream`. UserError for a row that cannot be used,
-    with file:row, and for two methods whose contexts of one name differ."""
+    not yet trained, makes of them) and ordered as the recipe says. ask: see `load_stream`; of streams that no method draws from,
+    answers are not looked for. UserError for a row that cannot be used, with file:row, and for two methods whose contexts of one
+    name differ."""
+    drawn = {name for method in methods for name in origins(method)}
     found = {
-        name: load_stream(name, spec, recipe, tokenizer, model, contexts_of(name, methods), ask=ask)
+        name: load_stream(
+            name, spec if name in drawn else untaught(spec), recipe, tokenizer, model, contexts_of(name, methods), ask=ask
+        )
         for name, spec in recipe.data.items()
     }
     return Loaded(
@@ -154,12 +159,25 @@ def load_streams(recipe: Recipe, tokenizer: Any, model: Any, methods: Sequence[M
         warnings=tuple(text for one in found.values() for text in one.warnings),
         reports={name: one.report for name, one in found.items() if one.report},
         looked_at=sum(one.looked_at for one in found.values()),
+        waiting=sum(part.taught.waiting for one in found.values() for part in one.parts if part.taught is not None),
     )
 
 
 def origins(method: Method) -> list[str]:
     """The recipe's streams that a method draws from."""
     return [method.plan.origin(name) for name in method.plan.streams(method.init())]
+
+
+def learns_from_answers(stream: str, methods: Sequence[Method]) -> bool:
+    """Whether a stage does something with the demonstrations that a stream's rows bring, beside choosing and ordering rows."""
+    return any(
+        method.plan.brings(name) is not None
+        or method.plan.start is Plan().start  # a group begins with them where they are there
+        or any("{completion}" in text for text in method.contexts.values())
+        for method in methods
+        for name in method.plan.streams(method.init())
+        if method.plan.origin(name) == stream
+    )
 
 
 def contexts_of(stream: str, methods: Sequence[Method]) -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from crosstrain.assemble import Loaded, origins
+from crosstrain.assemble import Loaded, learns_from_answers, origins
 from crosstrain.config import Recipe
 from crosstrain.config.recipe import SamplingSpec
 from crosstrain.config.rewards import RewardsSpec
@@ -60,6 +60,10 @@ def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
     """A warning for every setting that none of the recipe's stages has a use for; arms of a study share settings, so no error."""
     drawn = {name for method in methods for name in origins(method)}
     found = [f"data.{name}: no stage draws from it" for name in recipe.data if name not in drawn]
+    taught = [name for name, spec in recipe.data.items() if name in drawn and any(source.teacher for source in spec.sources)]
+    found += [
+        f"data.{name}.teacher: no stage learns from demonstrations" for name in taught if not learns_from_answers(name, methods)
+    ]
     if recipe.rewards is not None and all(is_model(f.name) for f in recipe.rewards.functions):
         fields = RewardsSpec.model_fields
         idle = [name for name in ("timeout_s", "workers") if getattr(recipe.rewards, name) != fields[name].default]

@@ -34,6 +34,8 @@ def check_recipe(file: Path, given: Sequence[str] = (), console: Console | None 
         option = given[0].replace("_", "-")
         raise UserError(f"--{option} has no effect on a recipe, which says it itself; change {given[0]!r} in {file}")
     recipe = load_recipe(file)
+    if ask and not any(source.teacher for data in recipe.data.values() for source in data.sources):
+        raise UserError(f"--ask is for a recipe whose data have a `teacher`; those of {file} have none, so leave it out")
     spec = recipe.model
     tokenizer = load_tokenizer(spec.name, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
     model = None

@@ -84,6 +84,17 @@ def needs_model(spec: DataSpec) -> bool:
     )
 
 
+def untaught(spec: DataSpec) -> DataSpec:
+    """The stream with the prompts of sources that have a teacher as they are: nothing is asked for, filtered, chosen or ordered.
+
+    Whether answers happen to be there then changes nothing, the rows' hash among it.
+    """
+    if spec.mixture is not None:
+        return spec.model_copy(update={"mixture": [untaught(source) for source in spec.mixture]})
+    idle = ("teacher", "filter", "select", "order") if spec.teacher is not None else ()
+    return spec.model_copy(update=dict.fromkeys(idle))
+
+
 def load_stream(
     name: str,
     spec: DataSpec,
@@ -145,12 +156,13 @@ def _part(
     *,
     ask: bool,
 ) -> Part:
-    """One source, whose examples are called `name:row` by the rows that it had before any was left out."""
+    """One source, whose examples are called `name:row` by the rows that it had before any was left out, `name:row#2` where a
+    teacher gave several answers."""
     rows = rows_of(spec)
-    taught = None
+    taught, names = None, tuple(map(str, range(len(rows))))
     if spec.teacher is not None:
-        taught = _taught(at, rows, spec, recipe, tokenizer, ask=ask)
-        rows = list(taught.rows)
+        taught = _taught(at, rows, spec, recipe, tokenizer, contexts, ask=ask)
+        rows, names = list(taught.rows), taught.names
         if taught.waiting:
             spec = spec.model_copy(update={"filter": None, "select": None, "order": None})
     filtered = None
@@ -163,7 +175,7 @@ def _part(
         encode(
             rows[i],
             tokenizer,
-            id=f"{at.name}:{i}",
+            id=f"{at.name}:{names[i]}",
             max_prompt_length=recipe.max_prompt_length,
             max_length=recipe.max_length,
             system_prompt=spec.system_prompt,
@@ -187,14 +199,24 @@ def _part(
     return Part(label, stream, left, taught, filtered, chosen, len(pool), where, difficulty, looked_at)
 
 
-def _taught(at: _Place, rows: Sequence[Row], spec: DataSpec, recipe: Recipe, tokenizer: Any, *, ask: bool) -> Taught:
+def _taught(
+    at: _Place,
+    rows: Sequence[Row],
+    spec: DataSpec,
+    recipe: Recipe,
+    tokenizer: Any,
+    contexts: Mapping[str, str] | None,
+    *,
+    ask: bool,
+) -> Taught:
     """The rows with their teacher's answers, who reads the prompts that the model will read."""
     assert spec.teacher is not None
     questions = [question(row, spec.teacher) for row in rows]
     if spec.system_prompt is not None:
         questions = [with_system(row, spec.system_prompt) for row in questions]
     for row in questions:  # what the run would refuse is refused before anything is paid for
-        encode(row, tokenizer, id="", max_prompt_length=recipe.max_prompt_length)
+        limits = {"max_prompt_length": recipe.max_prompt_length, "max_length": recipe.max_length}
+        encode(row, tokenizer, id="", **limits, contexts=contexts)
     return teach(f"{at.key}.teacher", questions, spec.teacher, ask=ask)
 
 
@@ -205,7 +227,7 @@ def _on_answers(taught: Taught, teacher: TextTeacherSpec) -> list[str]:
             f"the run will make {taught.waiting} requests to {teacher.model} at {teacher.base_url}; nothing was asked now, and "
             f"{teacher.max_completion_length} words stand for each answer; filter, select and order wait for the answers"
         ]
-    return [f"teacher {taught.kept}"] if taught.kept.dropped else []
+    return [f"teacher {taught.kept}; all are in {taught.file}"] if taught.kept.dropped else []
 
 
 def _choose(at: _Place, select: SelectSpec, examples: Sequence[Example], recipe: Recipe, model: Any) -> Chosen:

@@ -36,17 +36,21 @@ def folder_of(recipe: Recipe, output_dir: str | Path | None) -> Path:
 
 
 def open_folder(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """The folder's record so far; UserError when it belongs to something else."""
+    """The folder's record so far; UserError when it belongs to something else. A recipe whose run never began is replaced."""
     saved, record = folder / "recipe.json", folder / "record.json"
     mine = {"hash": config_hash(recipe), "recipe": recipe.model_dump(mode="json")}
     if saved.is_file():
         theirs = json.loads(saved.read_text(encoding="utf-8"))
+        if not record.is_file():  # whatever was wrong with the recipe may be corrected
+            write_json(saved, mine)
+            return {}
         if theirs["hash"] != mine["hash"]:
             said = say_differences(theirs["recipe"], mine["recipe"])
             raise UserError(
                 f"{folder} holds a run of another recipe: {said}; set it back to go on with that run, or choose another --out"
             )
-        return json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
+        return found
     make_folder(folder)
     if any(folder.iterdir()):
         raise UserError(f"{folder} exists and is no run of crosstrain; choose another --out")

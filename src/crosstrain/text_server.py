@@ -20,6 +20,9 @@ BACKOFF_S = 1.0
 MOST_S = 60.0
 """No wait is longer, whatever a server asks for."""
 
+FAILED = (None, "abort", "error")
+"""Ends that are no end: the server gave up, or does not say. Such an answer is asked for again, as after a refusal."""
+
 SHOWN = 200
 """Characters of what a server said that a message shows."""
 
@@ -57,9 +60,9 @@ def complete(
 ) -> Answer:
     """The answer to a request `body` at `url`, which ends in /chat/completions or /completions.
 
-    Tried again after 408, 429, 5xx, silence and failed connections, when `wait` has waited so many seconds; it says whether to
-    give up instead. key: sent as a bearer token unless empty, and never shown. Raises UserError that says what the server did, and
-    what to do.
+    Tried again after 408, 429, 5xx, silence, failed connections and answers that the server gave up, when `wait` has waited so many
+    seconds; it says whether to give up instead. key: sent as a bearer token unless empty, and never shown. Raises UserError that
+    says what the server did, and what to do.
     """
     for tries in range(1, retries + 2):
         try:
@@ -67,10 +70,11 @@ def complete(
         except (OSError, HTTPException) as error:
             again, after, problem = True, "", _silence(error, timeout_s)
         else:
-            if reply.status == 200:
-                return _answer(reply.content, url, key)
-            again = reply.status in (408, 429) or reply.status >= 500
-            after, problem = reply.retry_after, _problem(reply, url, key)
+            found = _answer(reply.content, url, key) if reply.status == 200 else None
+            if found is not None and found.finish_reason not in FAILED:
+                return found
+            again = found is not None or reply.status in (408, 429) or reply.status >= 500
+            after, problem = reply.retry_after, _problem(reply, url, key) if found is None else _given_up(found)
         if not again or tries > retries or wait(_pause(tries, after)):
             break
     raise UserError(f"{url}{f' (tried {tries} times)' if tries > 1 else ''} {problem}")
@@ -135,6 +139,13 @@ def _problem(reply: _Reply, url: str, key: str) -> str:
     else:
         do = "change what it does not take: a prompt that is too long, or a setting that it does not know (see `extra_body`)"
     return f"answered {reply.status} ({_said(reply.content, key)}); {do}"
+
+
+def _given_up(answer: Answer) -> str:
+    """What an answer that its server did not end says, and what to do."""
+    if answer.finish_reason is None:
+        return "does not say why its answer ends (`finish_reason`), so it may be cut; use a server that says it"
+    return f"gave up its answer (finish_reason {answer.finish_reason!r}); look at its log, or lower `concurrency`"
 
 
 def _silence(error: Exception, timeout_s: float) -> str:

@@ -20,7 +20,7 @@ from crosstrain.data.chat import BEHAVIOUR
 from crosstrain.data.filters import Filtered
 from crosstrain.data.rows import Row, Text
 from crosstrain.errors import UserError
-from crosstrain.text_server import Answer, complete
+from crosstrain.text_server import FAILED, Answer, complete
 from crosstrain.training.display import Display
 from crosstrain.training.record import append_lines, read_lines
 
@@ -33,11 +33,13 @@ class Taught:
     """Rows with a teacher's answers.
 
     rows: a demonstration for every answer that was kept; one for every answer that is wanted, with words that stand for it, where
-    some are not there. kept: which answers were, and where those stand that were left out, by reason. file: where all are.
-    waiting: how many requests would get those that are not there. prompt_tokens, completion_tokens: as the server counts.
+    some are not there. names: of each row, the index of its question, with the answer's number where it has several: 17, 17#2.
+    kept: which answers were, and where those stand that were left out, by reason. file: where all are. waiting: how many requests
+    would get those that are not there. prompt_tokens, completion_tokens: as the server counts.
     """
 
     rows: tuple[Row, ...]
+    names: tuple[str, ...]
     file: Path
     kept: Filtered
     waiting: int = 0
@@ -88,6 +90,7 @@ def teach(key: str, questions: Sequence[Row], spec: TextTeacherSpec, *, ask: boo
     """
     requests = [_request(row, k, spec) for row in questions for k in range(spec.n)]
     asked = [row for row in questions for _ in range(spec.n)]
+    names = [f"{i}{_number(k, spec)}" for i in range(len(questions)) for k in range(spec.n)]
     file = cache_folder() / "answers" / f"{_hash(_settings(spec))}.jsonl"
     known = _known(file)
     waiting = len({one.key for one in requests} - known.keys())
@@ -95,7 +98,8 @@ def teach(key: str, questions: Sequence[Row], spec: TextTeacherSpec, *, ask: boo
         secret = _secret(key, spec)
         if not ask:
             words = " ".join(["answer"] * spec.max_completion_length)
-            return Taught(tuple(map(_answered, asked, requests, [words] * len(asked))), file, Filtered(()), waiting)
+            rows = tuple(map(_answered, asked, requests, [words] * len(asked)))
+            return Taught(rows, tuple(names), file, Filtered(()), waiting)
         known = _fill(key, requests, spec, secret, file)
     answers = [known[one.key] for one in requests]
     reasons = [_reason(one) for one in answers]
@@ -111,6 +115,7 @@ def teach(key: str, questions: Sequence[Row], spec: TextTeacherSpec, *, ask: boo
     paid = {one.key: known[one.key] for one in requests}.values()
     return Taught(
         tuple(_answered(asked[i], requests[i], answers[i].text) for i in kept),
+        tuple(names[i] for i in kept),
         file,
         result,
         prompt_tokens=sum(one.prompt_tokens for one in paid),
@@ -123,8 +128,14 @@ def _request(row: Row, sample: int, spec: TextTeacherSpec) -> _Request:
     url = f"{spec.base_url}/completions" if plain else f"{spec.base_url}/chat/completions"
     body = {"prompt": row.prompt} if plain else {"messages": list(row.prompt)}
     body |= {name: value for name, value in _settings(spec)["body"].items() if value is not None}
-    where = row.where if spec.n == 1 else f"{row.where}#{sample + 1}"
-    return _Request(_hash([url, body, sample]), where, url, body)
+    if sample and isinstance(body.get("seed"), int):  # one seed would give n copies of one answer
+        body["seed"] += sample
+    return _Request(_hash([url, body, sample]), f"{row.where}{_number(sample, spec)}", url, body)
+
+
+def _number(sample: int, spec: TextTeacherSpec) -> str:
+    """What tells a row's answers apart; nothing where there is one."""
+    return "" if spec.n == 1 else f"#{sample + 1}"
 
 
 def _settings(spec: TextTeacherSpec) -> dict[str, Any]:
@@ -141,7 +152,7 @@ def _hash(content: Any) -> str:
 def _reason(answer: Answer) -> str:
     """Why an answer is left out; nothing for one that is kept."""
     if answer.finish_reason not in ENDED:
-        return answer.finish_reason or "no finish_reason"
+        return str(answer.finish_reason)
     return "" if answer.text.strip() else "empty"
 
 
@@ -162,8 +173,9 @@ def _secret(key: str, spec: TextTeacherSpec) -> str:
 
 
 def _known(file: Path) -> dict[str, Answer]:
-    """The answers of a file, by key."""
-    return {line["key"]: Answer(**line["answer"]) for line in read_lines(file)}
+    """The answers of a file, by key; those that a server gave up, which earlier versions kept, are not there yet."""
+    found = {line["key"]: Answer(**line["answer"]) for line in read_lines(file)}
+    return {key: answer for key, answer in found.items() if answer.finish_reason not in FAILED}
 
 
 def _fill(key: str, requests: Sequence[_Request], spec: TextTeacherSpec, secret: str, file: Path) -> dict[str, Answer]:

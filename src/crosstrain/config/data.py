@@ -8,10 +8,19 @@ from collections.abc import Mapping
 from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    JsonValue,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from crosstrain.cache import keep_rows
-from crosstrain.config.fields import STRICT, Count, Flag, Number, Positive, Seed, Share, TaskConfig, Whole, named
+from crosstrain.config.fields import FOR_HASH, STRICT, Count, Flag, Number, Positive, Seed, Share, TaskConfig, Whole, named
 
 
 def _changed(spec: BaseModel, *keys: str) -> list[str]:
@@ -160,6 +169,12 @@ class TextTeacherSpec(BaseModel):
         if not bare:
             raise ValueError(f"must be an address such as http://127.0.0.1:8000/v1, got {value!r}")
         _ = parts.port  # a ValueError of its own for what is none
+        try:
+            str(parts.hostname).encode("idna")
+        except UnicodeError:
+            raise ValueError(
+                f"got {value!r}; a host's name has 1 to 63 characters before, between and after its dots"
+            ) from None
         if parts.path.rstrip("/").endswith("/completions"):
             raise ValueError(
                 f"got {value!r}; leave out the end from `/chat/completions` or `/completions` on, which is added to it"
@@ -186,6 +201,13 @@ class TextTeacherSpec(BaseModel):
             if key in settings and value is not None:
                 raise ValueError(f"extra_body.{key}: write it as {settings[key]!r}, beside 'model'")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_changes_no_row(self, serialize: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        """In a hash, how a server is reached is left out: a run may go on with more patience."""
+        content: dict[str, Any] = serialize(self)
+        idle = ("api_key_env", "concurrency", "timeout_s", "retries") if info.context == FOR_HASH else ()
+        return {key: value for key, value in content.items() if key not in idle}
 
 
 class DataSpec(BaseModel):

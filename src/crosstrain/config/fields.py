@@ -8,6 +8,9 @@ from pydantic import ConfigDict, Field
 
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
+FOR_HASH = "for a hash"
+"""Context of a serialization that is hashed: settings that change no result are left out."""
+
 Number = Annotated[float, Field(strict=True)]
 Positive = Annotated[float, Field(gt=0, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1, strict=True)]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from crosstrain.config.fields import FOR_HASH
 from crosstrain.errors import UserError, nearest
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -138,8 +139,10 @@ def load(model: type[Model], path: str | Path, overrides: Sequence[str] = ()) ->
 
 
 def config_hash(config: BaseModel) -> str:
-    """SHA-256 (hex) of the configuration's canonical JSON: equal for equal settings, however they were written."""
-    canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """SHA-256 (hex) of the configuration's canonical JSON: equal for equal settings, however they were written, and whatever says
+    only how a server is reached."""
+    content = config.model_dump(mode="json", context=FOR_HASH)
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
