@@ -588,7 +588,9 @@ def test_an_interrupt_waits_for_no_server(world: Path, server: Server, tmp_path:
     file = tmp_path / "recipe.yaml"
     file.write_text(to_yaml(recipe(world, server)))
     command = [sys.executable, "-m", "crosstrain", "train", str(file), "--out", str(tmp_path / "run")]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # a shell's background jobs ignore it, and so would what they start
+    heeding = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **heeding)
     while not server.asked:
         assert run.poll() is None, run.communicate()[1]
         time.sleep(0.01)
