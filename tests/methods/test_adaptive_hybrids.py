@@ -104,6 +104,12 @@ def test_the_controller_by_hand() -> None:
     assert method.update(second, {}) == {**second, "step": 3}, "a step that trained on nothing"
 
 
+def test_meta_gradients_are_counted_from_the_end_of_warm_up() -> None:
+    """Three steps of warm-up, then every fourth: steps 3, 7 and 11."""
+    method = load_method("amft", warmup_steps=3, meta_every=4)
+    assert [s for s in range(12) if method.probing({"step": s})] == [3, 7, 11]
+
+
 def test_the_meta_gradient_is_the_derivative_of_the_reward_after_a_step() -> None:
     """On a quadratic reward, by finite differences: U(theta - lr (mu g_SFT + (1 - mu) g_RL)) by mu, to first order in lr."""
     generator = torch.Generator().manual_seed(0)
@@ -195,10 +201,13 @@ def test_a_second_implementation_of_sasrs_steps() -> None:
 
 def test_when_sasr_imitates() -> None:
     settings = {"gamma": 1.0, "warmup_steps": 3}
-    assert all(imitates_at({"step": s, "norm": 1.0, "warm": 1.0}, **settings) for s in range(3))
+    assert all(imitates_at({"step": s, "norm": 0.0, "warm": 1.0}, **settings) for s in range(3))
+    assert not imitates_at({"step": 3, "norm": 0.0, "warm": 1.0}, **settings), "warm-up is over after three steps"
     for norm, expected in ((0.0, 0.0), (1.0, 0.5), (9.0, 0.9)):
         drawn = [imitates_at({"step": s, "norm": norm, "warm": 1.0, "seed": 5}, **settings) for s in range(3, 2003)]
         assert sum(drawn) / 2000 == pytest.approx(expected, abs=0.03)
+    drawn = [imitates_at({"step": s, "norm": 2.0, "warm": 3.0, "seed": 5}, gamma=2.0, warmup_steps=3) for s in range(3, 2003)]
+    assert sum(drawn) / 2000 == pytest.approx(2 / (2 + 2 * 3), abs=0.03)
     by_seed = [
         [imitates_at({"step": s, "norm": 1.0, "warm": 1.0, "seed": seed}, **settings) for s in range(3, 60)] for seed in (0, 1)
     ]
@@ -209,6 +218,7 @@ def test_sasr_remembers_the_norms_of_imitation_alone() -> None:
     method = load_method("sasr", warmup_steps=1)
     state = method.update(method.init(), {"grad_norm": 4.0})
     assert state == {"step": 1, "norm": 4.0, "warm": 4.0}
+    assert method.update(state, {"grad_norm": 9.0}) == {"step": 2, "norm": 9.0, "warm": 4.0}, "the first step after warm-up"
     state = method.update(state, {"grad_norm": 7.0, "reward": 0.5})
     assert state == {"step": 2, "norm": 4.0, "warm": 4.0}, "a step of reinforcement learning"
     state = method.update(state, {"grad_norm": 2.0})

@@ -105,6 +105,13 @@ def test_what_a_run_has_to_bring() -> None:
     assert needs_of(load_method("sdft", teacher_model_kind="base")) == ["demonstrations", "reference model"]
     assert needs_of(load_method("sdft")) == needs_of(load_method("sdft", teacher_model_kind="live")) == ["demonstrations"]
     assert needs_of(load_method("asft")) == ["demonstrations", "reference model"]
+    assert needs_of(load_method("gkd", lmbda=1.0)) == ["teacher"], "every answer is the policy's own"
+    assert [load_method("gkd", lmbda=share).plan.samples for share in (0.0, 0.5)] == [False, True]
+
+
+def test_sdfts_average_goes_a_hundredth_of_the_way_unless_told_and_there_is_none_of_other_teachers() -> None:
+    assert [load_method("sdft").average, load_method("sdft", teacher_update_rate=0.05).average] == [0.01, 0.05]
+    assert [load_method("sdft", teacher_model_kind=kind).average for kind in ("base", "live")] == [None, None]
 
 
 # --- over the vocabulary, on a model: a second implementation, row by row and token by token --------------------------

@@ -246,6 +246,14 @@ def test_prefix_rft_asks_for_plain_rollouts_and_one_prefix() -> None:
     assert [r.n for r in method.plan.next(demonstrated(1), early)] == [8], "nothing of an answer of one token can be given away"
 
 
+def test_prefix_rft_shows_between_its_bounds() -> None:
+    """After the decay, from a quarter to three quarters of 100 tokens: 25 to 75, about 50 on average."""
+    method = load_method("prefix_rft", longest=0.75, shortest=0.25, decay_steps=1)
+    requests = [method.plan.next(demonstrated(100, str(i)), {"step": 1}) for i in range(200)]
+    lengths = [len(prefixed.prefix) for _, prefixed in requests]
+    assert 25 <= min(lengths) < 30 and 70 < max(lengths) <= 75 and statistics.fmean(lengths) == pytest.approx(50, abs=4)
+
+
 def test_prefix_rft_teaches_the_tokens_it_is_least_sure_of() -> None:
     from crosstrain.types import Scores
 

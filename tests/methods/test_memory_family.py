@@ -170,6 +170,17 @@ def test_replay_waits_until_enough_is_solved_and_then_stays() -> None:
     assert state["active"]
 
 
+def test_a_share_of_a_steps_prompts_is_replayed() -> None:
+    """Half or all of four prompts, where four are remembered; a step without scores neither begins replay nor ends anything."""
+    for ratio, n in ((0.5, 2), (1.0, 4)):
+        method = load_method("replay", replay_ratio=ratio)
+        assert method.plan.recall is not None
+        waiting = ready(method, **method.remember(ready(method), [rolled("a", None)]))
+        assert not waiting["active"] and waiting["memory"] == {}
+        state = dict(method.remember(waiting, [success(name, 1, 0) for name in "abcd"]))
+        assert len(method.plan.recall(state, lambda name: Example(name, "", (1,)))) == n
+
+
 def test_a_replayed_group_keeps_its_stream() -> None:
     """A stage may draw the plan's `train` from a stream of another name, which the ids of its examples start with."""
     method = load_method("replay", num_generations=2, replay_ratio=1.0)
@@ -318,6 +329,7 @@ def test_unsolved_prompts_are_buffered_and_their_demonstrations_imitated_in_a_st
     assert plan.streams(state) == {"train": 1.0} and plan.recall(state, demonstrated) == []
     state = dict(method.remember(state, [rolled("a", 0, 0), rolled("b", 1, 0), rolled("c", None, None)]))
     assert state["buffer"] == ["train:a"] and not state["imitated"], "without a score nobody knows"
+    assert plan.streams(state) == {"train": 1.0} and plan.recall(state, demonstrated) == [], "one is not yet two"
     state = dict(method.remember(state, [rolled("d", 0), rolled("e", 0), rolled("f", 0.0)]))
     assert state["buffer"] == ["train:a", "train:d", "train:e", "train:f"] and not state["imitated"]
     assert plan.streams(state) == {}

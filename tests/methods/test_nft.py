@@ -47,6 +47,21 @@ def test_without_its_negative_part_nft_is_rejection_sampling() -> None:
     torch.testing.assert_close(found.weights, of([[1, 1], [0, 0], [0, 0], [0, 0]]))
 
 
+def test_without_its_negative_part_nothing_is_said_of_wrong_answers() -> None:
+    assert [t.name for t in load_method("nft", negative=0.0).terms] == ["right"]
+    assert [t.name for t in load_method("nft").terms] == ["right", "wrong"]
+
+
+def test_log_ratios_are_cut_at_10() -> None:
+    """A right token that is e^12 times as likely as it was: loss -3/4 x 10, and no gradient. A wrong one, e^800 times: what is left
+    stays at the floor."""
+    method = load_method("nft", constant=1.0)
+    moved = of([[12, 0], [800, 0], [0, 0], [0, 0]])
+    found = weights_of(method, known(prepared(method, ROLLOUTS, old_logp=LOGP - moved)), LOGP)
+    assert found.logged == pytest.approx(-7.5)
+    torch.testing.assert_close(found.weights, of([[0, 3 / 4], [0, 0], [-1 / 4, 0], [-1 / 4, 0]]))
+
+
 @pytest.mark.parametrize("weight", ["centred", "normalised"])
 def test_at_ratio_1_it_has_the_direction_of_dr_grpo_or_grpo(weight: str) -> None:
     """Rewards 0 and 1: 1 - q and -q are Dr. GRPO's advantages; over sqrt(q (1 - q)), GRPO's with the std of n and not n - 1."""

@@ -75,6 +75,15 @@ def test_other_peoples_words_count_for_nothing() -> None:
     torch.testing.assert_close(found.weights, of([[1.0, 0, 0, 0.5]]))
 
 
+def test_bounds_above_0_hold_for_own_tokens_alone() -> None:
+    """Log-ratios raised to ln 3 on two own tokens: 9 by sequence, 3 and 1 by suffix; nothing for the user's words between them."""
+    logp = torch.full((1, 4), -1.0, dtype=torch.float64)
+    for settings, expected in (({"level": "sequence"}, [4.5, 0, 0, 4.5]), ({"discount": 1.0}, [1.5, 0, 0, 0.5])):
+        method = load_method("pear", **{**WIDE, "log_ratio_low": math.log(3), **settings})
+        found = weights_of(method, prepared(method, [group(answer("EPPE"))], behaviour_logp=logp - LN2), logp)
+        torch.testing.assert_close(found.weights, of([expected]))
+
+
 def paper(batch: Batch, method: Method) -> Any:
     """Algorithm 1 of arXiv:2602.01058 by loops, from the back."""
     s = method.settings

@@ -72,6 +72,16 @@ def test_a_kl_in_the_reward_by_hand() -> None:
     assert batch.columns["returns"][0, 1:].tolist() == pytest.approx([last - 0.1 * math.exp(-1), last])
 
 
+def test_an_entropy_bonus_by_hand() -> None:
+    """Entropies 1 and 3 over two tokens at entropy_coef 0.1: -0.1 (1 + 3) / 2. Nothing reads a reference without a KL."""
+    method = load_method("ppo", kl_coef=0.0, entropy_coef=0.1)
+    logp, zero = torch.tensor([[-1.0, -1.0]], dtype=F64), torch.zeros(1, 2, dtype=F64)
+    batch = credited(method, [group(answer("OO", 1.0))], logp, old_logp=logp, old_value=zero)
+    found = outcome(method, batch, logp, zero, torch.tensor([[1.0, 3.0]], dtype=F64))
+    assert found.logged["entropy"] == pytest.approx(-0.2)
+    assert "ref_logp" not in method.needs and "ref_logp" in load_method("ppo").needs
+
+
 def paper(batch: Batch, logp: Tensor, values: Tensor, s: dict[str, Any]) -> Tensor:
     """arXiv:1707.06347 eq. 7 to 12 and TRL's conventions, in loops over sequences and tokens."""
     rows = [[t - 1 for t in range(batch.tokens.shape[1]) if bool(batch.trained[r, t])] for r in range(len(batch))]

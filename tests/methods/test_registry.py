@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from crosstrain.explain import GivenBatch, explain
 from crosstrain.methods import METHODS, load_method
 from crosstrain.methods.describe import record
 from crosstrain.methods.registry import DIRECTIONS
+from crosstrain.objective.words import words_of
 from crosstrain.testing import check_method
 
 
@@ -36,6 +38,36 @@ def test_named_settings_of_grpo_record_their_own_name_and_settings() -> None:
     made = load_method("dapo", num_generations=4)
     assert made.name == "dapo"
     assert set(made.settings) == set(METHODS["dapo"].settings) and made.settings["num_generations"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "term", "formula"),
+    [
+        ("asft", {}, "anchor", "KL(ref || pi) over the vocabulary"),
+        ("asft", {"direction": "reverse"}, "anchor", "KL(pi || ref) over the vocabulary"),
+        ("ipo", {}, "ipo", "(d_chosen - d_rejected - 5)^2, d = sum of log pi - log ref"),
+        ("ipo", {"average": True}, "ipo", "(d_chosen - d_rejected - 5)^2, d = mean of log pi - log ref"),
+        ("ppo", {}, "value", "max((V - R)^2, (clip(V) - R)^2) / 2"),
+        ("ppo", {"cliprange_value": 0.0}, "value", "(V - R)^2 / 2"),
+        ("reward_model", {}, "preference", "-log sigmoid(r_w - r_l - margin)"),
+        (
+            "reward_model",
+            {"center_rewards_coefficient": 0.01},
+            "preference",
+            "-log sigmoid(r_w - r_l - margin) + 0.01 (r_w + r_l)^2",
+        ),
+    ],
+)
+def test_a_setting_that_changes_the_loss_changes_its_words(
+    name: str, settings: dict[str, Any], term: str, formula: str
+) -> None:
+    assert {t.name: t.describe for t in load_method(name, **settings).terms}[term] == formula
+
+
+def test_credit_is_named_as_plainly_as_it_is() -> None:
+    """ReMax's is one number per answer unless a KL or a discount makes it differ by token."""
+    assert words_of(load_method("remax").advantage) == "R - R of the greedy completion"
+    assert words_of(load_method("remax", gamma=0.5).advantage) != words_of(load_method("remax").advantage)
 
 
 def test_unknown_names_and_settings_are_met_with_the_nearest_one() -> None:

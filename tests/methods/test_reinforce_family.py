@@ -105,6 +105,16 @@ def test_reinforce_pp_baseline_centres_each_group_first() -> None:
     torch.testing.assert_close(found.weights[:, 0], expected / 4, rtol=0, atol=1e-7)
 
 
+def test_the_kl_of_reinforce_pp_baseline_by_hand() -> None:
+    """Equal rewards, so A is 0. d = 1 and -2 over two tokens at beta 1/2: loss (1/2 + 2) / 4, weights -beta d / 2."""
+    method = load_method("reinforce_pp_baseline", beta=0.5)
+    logp = tensor([[-1.0], [-1.0]])
+    batch = prepared(method, [group(answer("O", 1.0), answer("O", 1.0))], ref_logp=logp - tensor([[1.0], [-2.0]]))
+    found = weights_of(method, batch, logp)
+    assert found.logged == pytest.approx(2.5 / 4)
+    torch.testing.assert_close(found.weights, tensor([[-0.25], [0.5]]))
+
+
 def reinforce_paper(groups: list[list[Line]]) -> Tensor:
     """Williams 1992, averaged over completions."""
     lines = [line for g in groups for line in g]

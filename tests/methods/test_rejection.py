@@ -145,6 +145,11 @@ class Noting:
         return [[Completion((7 if p.tokens[-1] == 8 else 6, 2), (-0.5, -0.1), True)] * p.n for p in prompts]
 
 
+def test_the_hints_words_are_what_a_context_is_made_of() -> None:
+    assert load_method("star", hint="{prompt} ({answer})").contexts == {"hint": "{prompt} ({answer})"}
+    assert load_method("star", hint=None).contexts == {}
+
+
 class Two:
     """The prompts (1, 9) and (2, 9), each with a hint."""
 

@@ -44,9 +44,10 @@ def test_by_hand() -> None:
     assert not bool(found.weights.any())
 
 
-def test_margin_and_centring_by_hand() -> None:
-    """Labels 1.5 and 0 are a margin of 1/2; c = 0.01 adds 0.01 (2 + 1)^2, and 0.06 to both gradients."""
-    found = on_values(load_method("reward_model", center_rewards_coefficient=0.01), [[0, 0, 2.0], [0, 1.0, 0]], 1.5, 0.0)
+@pytest.mark.parametrize("labels", [(1.5, 0.0), (2.0, 0.5)])
+def test_margin_and_centring_by_hand(labels: tuple[float, float]) -> None:
+    """Labels 1.5 and 0, or 2 and 0.5, are a margin of 1/2; c = 0.01 adds 0.01 (2 + 1)^2, and 0.06 to both gradients."""
+    found = on_values(load_method("reward_model", center_rewards_coefficient=0.01), [[0, 0, 2.0], [0, 1.0, 0]], *labels)
     s = 1 / (1 + math.exp(0.5))
     assert found.loss == pytest.approx(math.log1p(math.exp(-0.5)) + 0.09)
     torch.testing.assert_close(found.value_weights, torch.tensor([[0, 0, s - 0.06], [0, -s - 0.06, 0]], dtype=F64))

@@ -81,6 +81,31 @@ def test_remax_by_hand() -> None:
     torch.testing.assert_close(found.weights, expected, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"gamma": 0.5}, [3 / 16, 3 / 8]),
+        ({"kl_coef": 0.1}, [3 / 4 - 0.1, 3 / 4 + 0.2]),  # d = 1 and -2
+    ],
+    ids=str,
+)
+def test_remax_with_a_discount_or_a_kl_alone(settings: dict[str, float], expected: list[float]) -> None:
+    """R - R_greedy = 3/4. What is not asked for needs no column."""
+    method = load_method("remax", **settings)
+    groups = [group(answer("OO", 1.0), replace(answer("OO", 0.25), greedy=True))]
+    logp = torch.tensor([[-1.0, -3.0], [-1.0, -1.0]], dtype=F64)
+    ref = {"ref_logp": torch.tensor([[-2.0, -1.0], [-5.0, -5.0]], dtype=F64)} if "kl_coef" in settings else {}
+    found = weights_of(method, credited(method, groups, logp, **ref), logp)
+    torch.testing.assert_close(found.weights, torch.tensor([expected, [0, 0]], dtype=F64), rtol=0, atol=1e-7)
+    assert bool(method.needs) == bool(method.columns) == bool(ref)
+
+
+def test_a_column_of_ones_own_stands_beside_the_old_policy() -> None:
+    assert load_method("reinforce_pp").needs == {"old_logp", "ref_logp", "kl_penalty"}
+    assert load_method("reinforce_pp", kl_coef=0.0).needs == {"old_logp"}
+    assert load_method("entropy_advantage").needs == {"old_logp", "sampled_entropy"}
+
+
 def test_remax_without_them_is_the_papers() -> None:
     """(R - R_greedy) / 2 on every sampled token, also where a KL is asked for and the policy is its reference; off it, each token
     pays 0.3 d / 2 more."""

@@ -87,7 +87,7 @@ def chord_phi(
     _check(mu=mu)
 
     def published(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-        p = scores.logp.detach().exp()
+        p = scores.logp.exp()
         return -p * (1 - p) * scores.logp
 
     return _chord(

@@ -46,8 +46,8 @@ def cispo(
     cut = capped(None, epsilon_high) if bounds == "cap" else capped(1 - epsilon, 1 + epsilon_high)
 
     def published(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-        logp = scores.logp.detach()
-        return -(logp - cut(logp, batch, on)).exp() * batch.advantage * scores.logp
+        logp = scores.logp
+        return -(logp - cut(logp, batch, on)).exp() * batch.advantage * logp
 
     term = surrogate(
         "rl",

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from crosstrain.methods.plans import keyed_uniforms, rollouts
@@ -147,9 +146,8 @@ def on_policy_distillation(
 
 
 def _graded(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-    before = old(scores.logp.detach(), batch, on)
-    ratio = torch.exp(torch.where(on, scores.logp - before, torch.zeros_like(scores.logp)))
-    return -(batch.columns["teacher_logp"] - before) * ratio
+    before = old(scores.logp, batch, on)
+    return -(batch.columns["teacher_logp"] - before) * (scores.logp - before).exp()
 
 
 def _sampled_kl(scores: Scores, batch: Batch, on: Tensor) -> Tensor:

@@ -96,9 +96,7 @@ def _weight(kind: str, share: Tensor) -> Tensor:
 
 
 def _log_ratio(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-    return torch.where(on, scores.logp - old(scores.logp, batch, on), torch.zeros_like(scores.logp)).clamp(
-        max=LARGEST_LOG_RATIO
-    )
+    return (scores.logp - old(scores.logp, batch, on)).clamp(max=LARGEST_LOG_RATIO)
 
 
 def _right(kind: str) -> Value:

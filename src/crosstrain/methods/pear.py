@@ -71,7 +71,7 @@ def pear(
     column = "behaviour_logp" if behaviour == "data" else "ref_logp"
 
     def log_weight(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
-        d = (logp.detach() - batch.columns[column].to(logp)).clamp(log_ratio_low, log_ratio_high)
+        d = (logp - batch.columns[column].to(logp)).clamp(log_ratio_low, log_ratio_high)
         d = torch.where(on, d, torch.zeros_like(d))
         whole = d.sum(dim=1, keepdim=True).expand(d.shape)
         total = whole if level == "sequence" else suffix(d, on, block_size, math.log(discount))
@@ -82,7 +82,7 @@ def pear(
 
     @says("pi / G")
     def denominator(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
-        return logp.detach() - log_weight(logp, batch, on)
+        return logp - log_weight(logp, batch, on)
 
     term = surrogate(
         "demo",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -38,8 +37,7 @@ def reward_model(center_rewards_coefficient: float = 0.0) -> Method:
         raise ValueError(f"center_rewards_coefficient: got {center_rewards_coefficient}; it must be 0 or positive")
 
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-        values = scores.channels["value"]
-        reward = torch.where(on, values, torch.zeros_like(values)).sum(dim=1)
+        reward = scores.channels["value"].sum(dim=1)
         better, worse = batch.pairs()
         margin = (batch.reward[better] - batch.reward[worse] - 1).to(reward)
         loss = -F.logsigmoid(reward[better] - reward[worse] - margin)

@@ -40,8 +40,8 @@ def rl_plus(num_generations: int = 7, power: float = 0.5, num_iterations: int = 
 
     def published(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
         logp = scores.logp
-        ratio = (logp - mixture(logp.detach(), batch, on)).exp()
-        return -batch.advantage * gate(ratio, logp.detach(), batch, on) * ratio
+        ratio = (logp - mixture(logp, batch, on)).exp()
+        return -batch.advantage * gate(ratio, logp, batch, on) * ratio
 
     return Method(
         terms=(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from crosstrain.methods.plans import rollouts
@@ -86,7 +85,7 @@ def sdft(
 
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
         logp = scores.logp.detach()
-        moved = torch.where(on, logp - old(logp, batch, on), torch.zeros_like(logp))
+        moved = logp - old(logp, batch, on)
         return scores.channels["distil"] * moved.exp().clamp(max=distillation_is_clip) * seq_mean(on, batch)
 
     term = Term(
