@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +94,20 @@ def test_no_gradient_flows_through_denominator_gate_or_correction() -> None:
         corrected=lambda logp, batch, on: torch.exp(logp + 1),
     )
     assert torch.allclose(weights(careless, torch.full((2, 3), -1.0), two_by_three()), torch.full((2, 3), 1 / 6).double())
+
+
+@pytest.mark.parametrize("part", ["denominator", "gate", "corrected"])
+def test_what_a_part_has_learned_itself_gets_no_gradient(part: str) -> None:
+    """A third party's part may hold numbers that have a gradient of their own."""
+    learned = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    parts: dict[str, Any] = {
+        "denominator": lambda logp, batch, on: logp + learned,
+        "gate": lambda ratio, logp, batch, on: torch.exp(learned).expand_as(logp),
+        "corrected": lambda logp, batch, on: torch.exp(learned).expand_as(logp),
+    }
+    term = surrogate("t", on=by(Source.POLICY), per=Per(("own_tokens",)), **{part: parts[part]})
+    found = term_loss(term, Scores(torch.zeros(2, 4).double().requires_grad_()), two_by_three(), {"t": 6.0})
+    assert found is not None and torch.autograd.grad(found.loss, learned, allow_unused=True) == (None,)
 
 
 def test_no_gradient_flows_through_the_advantage() -> None:

@@ -77,16 +77,19 @@ def surrogate(
 ) -> Term:
     """A policy-gradient term: `-gate * exp(logp - log_den) * A` per token, [B, T].
 
-    The ratio's gradient flows through logp only: denominators, gates and corrections get numbers without gradient, and the
-    advantage's is stopped. corrected: a further factor (see `gates.correction`).
+    The ratio's gradient flows through logp only: that of denominators, gates and corrections, whatever they are made of, and of
+    the advantage is stopped here. corrected: a further factor (see `gates.correction`).
     """
 
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
         logp = scores.logp.detach()
-        ratio = torch.exp(scores.logp - denominator(logp, batch, on))
-        opened = gate(ratio.detach(), logp, batch, on)
-        if corrected is not None:
-            opened = opened * corrected(logp, batch, on)
+        with torch.no_grad():
+            log_den = denominator(logp, batch, on)
+        ratio = torch.exp(scores.logp - log_den)
+        with torch.no_grad():
+            opened = gate(ratio.detach(), logp, batch, on)
+            if corrected is not None:
+                opened = opened * corrected(logp, batch, on)
         return -opened * ratio * batch.advantage.detach() * normalise(on, batch)
 
     slots = {
