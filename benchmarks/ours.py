@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.products import inputs, sampling_products, training_products
+from benchmarks.kernels import sampling_kernels, training_kernels
+from benchmarks.products import Inputs, inputs, sampling_products, training_products
 from benchmarks.settings import BATCH, BETA, GENERATIONS, LEARNING_RATE, NEW_TOKENS
 from benchmarks.worker import Pace, serve
 from crosstrain import assemble
 from crosstrain.head import evaluation_mode
 from crosstrain.methods import load_method
 from crosstrain.models import load_model, resolve_device
+from crosstrain.prefix import common_start
 from crosstrain.rewards import RewardPool, load_reward
 from crosstrain.rollout import Prompt, Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
@@ -29,12 +31,13 @@ from crosstrain.training.metrics import COMPUTED
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.reference import known_reference
 from crosstrain.training.score import choose_layout
+from crosstrain.training.timing import clock
 from crosstrain.types import Example, Method, Source, Trajectory
 
 Step = Callable[[], Mapping[str, Any]]
 
-Floor = Callable[[], None]
-"""The matrix products of the last step, alone."""
+Floor = Callable[[], Mapping[str, Any]]
+"""Seconds of what the last step could not be without, run alone: its matrix products, and torch's other kernels."""
 
 
 @dataclass(frozen=True)
@@ -124,16 +127,42 @@ def training(
         wanted = ("loss", "rewards/margins", "reward", "completions/mean_length")
         return {"amount": amount, **{k: done.metrics[k] for k in wanted if k in done.metrics}}
 
-    def floor() -> None:
+    def floor() -> Mapping[str, Any]:
         [done] = last
         tokens, predictions = (int(done.metrics[COMPUTED + name]) for name in ("tokens", "predictions"))
         given = inputs(model, tokens)
-        training_products(model, given, tokens, predictions)
+        texts = sum(len(g.trajectories) for g in done.groups)
+        kernels = training_kernels(model, tokens, predictions, texts, next(iter(optimizer.masters.values())).dtype)
+        found = {
+            "products": _seconds(device, lambda: training_products(model, given, tokens, predictions)),
+            "kernels": _seconds(device, kernels),
+        }
         if name == "grpo":
             completions = [len(t.response) for g in done.groups for t in g.trajectories]
-            sampling_products(model, given, [len(g.example.prompt_tokens) for g in done.groups], completions)
+            sampled = _sampling_floor(model, given, [g.example.prompt_tokens for g in done.groups], completions)
+            found = {key: found[key] + sampled[key] for key in found}
+        return found
 
     return step, floor
+
+
+def _sampling_floor(
+    model: Any, given: Inputs, prompts: Sequence[tuple[int, ...]], completions: Sequence[int]
+) -> Mapping[str, float]:
+    device = next(model.parameters()).device
+    start = common_start(min(prompts), max(prompts))
+    rest = [len(p) - start for p in prompts]
+    kernels = sampling_kernels(model, rest, completions)
+    return {
+        "products": _seconds(device, lambda: sampling_products(model, given, start + sum(rest), completions)),
+        "kernels": _seconds(device, kernels),
+    }
+
+
+def _seconds(device: torch.device, run: Callable[[], None]) -> float:
+    started = clock(device)
+    run()
+    return clock(device) - started
 
 
 def _supervised(i: int, row: Mapping[str, Any]) -> Example:
@@ -178,11 +207,10 @@ def generating(model: Any, prompts: list[Any], *, greedy: bool) -> tuple[Step, F
         tokens = [list(c.tokens) for cs in found for c in cs]
         return {"amount": sum(map(len, tokens)), **({"tokens": tokens} if greedy else {})}
 
-    lengths = [len(p["prompt"]) for p in prompts]
-    given = inputs(model, sum(lengths))
+    given = inputs(model, sum(len(p.tokens) for p in asked))
 
-    def floor() -> None:
-        sampling_products(model, given, lengths, [NEW_TOKENS] * len(prompts))
+    def floor() -> Mapping[str, Any]:
+        return _sampling_floor(model, given, [p.tokens for p in asked], [NEW_TOKENS] * len(asked))
 
     return step, floor
 

@@ -25,13 +25,13 @@ class Pace:
         self._started, self._times = 0.0, os.times()
 
     def ready(self, **facts: Any) -> None:
-        """Everything is loaded; memory is counted from here on."""
-        forget_peak()
+        """Everything is loaded."""
         self._tell({"ready": True, **facts})
 
     def asked(self) -> str:
-        """Wait for the next word of the parent; empty when it has gone."""
+        """Wait for the next word of the parent, from which on time and the peak of memory count; empty when it has gone."""
         word = sys.stdin.readline().strip()
+        forget_peak()
         self._started, self._times = time.perf_counter(), os.times()
         return word
 
@@ -50,16 +50,16 @@ class Pace:
         self._out.flush()
 
 
-def serve(pace: Pace, step: Callable[[], Mapping[str, Any]], floor: Callable[[], object] | None = None) -> None:
-    """Do `step` as often as asked; it returns its amount and other facts. floor: what the last step could not be without."""
+def serve(pace: Pace, step: Callable[[], Mapping[str, Any]], floor: Callable[[], Mapping[str, Any]] | None = None) -> None:
+    """Do `step` as often as asked; it returns its amount and other facts. floor: does what the last step could not be without, and
+    returns what its parts took."""
     pace.ready()
     while (word := pace.asked()) in ("go", "floor"):
         if word == "go":
             facts = step()
             pace.done(**facts)
         elif floor is not None:
-            floor()
-            pace.done(facts["amount"])
+            pace.done(facts["amount"], **floor())
 
 
 def forget_peak() -> None:
