@@ -29,7 +29,9 @@ from crosstrain.training.record import hardware, versions
 
 FOLDER = Path("runs/bench")
 RESULTS = Path(__file__).with_name("results.json")
-LIMIT = "limit: the ratio if our step were its matrix products alone / with torch's kernels for attention, softmax and optimizer"
+LIMIT = (
+    "limit: the ratio if our step were its matrix products alone / with torch's kernels for attention, softmax and optimizer"
+)
 
 
 @dataclass(frozen=True)

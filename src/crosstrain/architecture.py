@@ -1,8 +1,12 @@
-"""What a model's configuration says about it."""
+"""What a model's configuration says about it, and what was found out by trying it."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+Found = TypeVar("Found")
 
 PLAIN_ATTENTION = frozenset(
     [
@@ -39,3 +43,21 @@ def has_local_attention(model: Any) -> bool:
     if layers is not None:
         return any(kind != "full_attention" for kind in layers)
     return getattr(config, "sliding_window", None) is not None
+
+
+_FOUND: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
+
+
+def found_once(find: Callable[[Any], Found], model: Any) -> Found:
+    """`find(model)`, tried again only when the model's dtype, place or attention has changed since.
+
+    For what belongs to an architecture and not to its weights: a try takes up to a second, and a run with evaluations would make
+    one for each of them.
+    """
+    parameter = next(model.parameters())
+    key = (find, parameter.dtype, parameter.device, getattr(model.config, "_attn_implementation", None))
+    known = _FOUND.setdefault(model, {})
+    if key not in known:
+        known[key] = find(model)
+    result: Found = known[key]
+    return result

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from crosstrain.architecture import found_once
 from crosstrain.config import DataSpec, Recipe, Stage
 from crosstrain.data import Stream
 from crosstrain.data.curricula import Curriculum
@@ -124,7 +125,7 @@ def load_teacher(
     model.requires_grad_(False)
     sampler = TorchSampler(model, stop_token_ids=stop_tokens(model, tokenizer))
     parameters = sum(p.numel() for p in model.parameters())
-    return Teacher(lambda: contextlib.nullcontext(model), parameters, choose_layout(model), sampler)
+    return Teacher(lambda: contextlib.nullcontext(model), parameters, found_once(choose_layout, model), sampler)
 
 
 def check_vocabularies(name: str, tokenizer: Any, teacher: str, other: Any) -> None:
@@ -281,7 +282,7 @@ def make_engine(
     return Engine(
         model=model,
         parameters=sum(p.numel() for p in model.parameters()),
-        layout=choose_layout(model),
+        layout=found_once(choose_layout, model),
         device=device,
         streams=loaded.streams,
         sampler=TorchSampler(model, stop_token_ids=stop_tokens(model, tokenizer)) if samples else None,

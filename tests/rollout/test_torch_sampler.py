@@ -15,7 +15,7 @@ from scipy import stats
 from crosstrain import attention
 from crosstrain.attention import use_short_attention
 from crosstrain.errors import UserError
-from crosstrain.rollout import decode
+from crosstrain.rollout import decode, torch_sampler
 from crosstrain.rollout.cache import PreallocatedCache
 from crosstrain.rollout.sampler import Completion, Prompt, Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
@@ -483,13 +483,14 @@ def test_a_model_without_keys_and_values_takes_the_plain_path_and_says_so() -> N
             assert torch.allclose(torch.tensor(c.logp, dtype=torch.float64), expected, atol=1e-4)
 
 
-def test_the_plain_path_gives_the_completions_of_the_cached_one() -> None:
+def test_the_plain_path_gives_the_completions_of_the_cached_one(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     prompts = mixed_prompts(7, n=3)
     sampler = TorchSampler(model, stop_token_ids=STOPS)
     with_cache = sampler.sample(prompts, Sampling(max_completion_length=9), seed=0, step=0)
-    assert sampler._found is not None
-    sampler._found = sampler._found.__class__("plain", "forced", True)
+    assert sampler.path == "cached"
+    monkeypatch.setattr(torch_sampler, "_find_path", lambda model: torch_sampler.Found("plain", "forced", True))
+    assert sampler.path == "plain"
     assert flat(sampler.sample(prompts, Sampling(max_completion_length=9), seed=0, step=0)) == flat(with_cache)
 
 

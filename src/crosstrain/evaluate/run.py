@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from crosstrain.architecture import found_once
 from crosstrain.assemble import stop_tokens
 from crosstrain.config.evaluation import EvaluationSpec
 from crosstrain.config.recipe import SamplingSpec
@@ -18,7 +19,6 @@ from crosstrain.evaluate.divergence import BaseAnswers
 from crosstrain.evaluate.forgetting import prose_results, question_results
 from crosstrain.evaluate.questions import Answers, QuestionSet, ask, load_set, sample_records, set_metrics, set_result
 from crosstrain.evaluate.suite import SUITE_VERSION, passages, some_questions
-from crosstrain.memory import give_back
 from crosstrain.rollout.sampler import Sampling
 from crosstrain.rollout.torch_sampler import TorchSampler
 from crosstrain.training.score import Layout, choose_layout
@@ -66,7 +66,7 @@ def evaluate_model(
             sets = load_sets(spec, tokenizer)
             drawn = Sampling(temperature=spec.temperature, max_completion_length=sampling.max_completion_length)
             answers = ask(sets, sampler, tokenizer, drawn, seed=seed)
-        layout = choose_layout(model)
+        layout = found_once(choose_layout, model)
         forgotten = (
             _forgetting(model, tokenizer, sampler, layout, clock, spec.forgetting_questions) if spec.forgetting else None
         )
@@ -201,5 +201,4 @@ class _Clock:
             self.progress(name)
         started = time.perf_counter()
         yield
-        give_back()  # parts differ in the sizes of their tensors, so that one cannot use what another has left
         self.seconds[name] = round(time.perf_counter() - started, 3)

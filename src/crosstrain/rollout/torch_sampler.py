@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from crosstrain.architecture import has_local_attention, is_plain
+from crosstrain.architecture import found_once, has_local_attention, is_plain
 from crosstrain.attention import of_any_shape
 from crosstrain.errors import UserError
 from crosstrain.head import (
@@ -51,7 +51,7 @@ class TorchSampler:
     token_budget: rows times columns of the key-value cache (but at least one row); bounds its memory. A prompt whose own
         completions do not fit is prefilled again for each part of them.
     path: "cached", or "plain" where the model does not accept our cache or has layers it cannot serve: the whole sequence is
-        then run for every token, which is right but slow. path_reason says why. Both are found by trying, at the first call.
+        then run for every token, which is right but slow. path_reason says why. Both are found by trying, at a model's first call.
     """
 
     def __init__(self, model: Any, *, stop_token_ids: tuple[int, ...], token_budget: int = 32_768) -> None:
@@ -60,7 +60,6 @@ class TorchSampler:
         self.model = model
         self.stop_token_ids = stop_token_ids
         self.token_budget = token_budget
-        self._found: Found | None = None
 
     @property
     def path(self) -> Path:
@@ -89,9 +88,7 @@ class TorchSampler:
             return rows.completions()
 
     def _look(self) -> Found:
-        if self._found is None:
-            self._found = _find_path(self.model)
-        return self._found
+        return found_once(_find_path, self.model)
 
 
 def _policy(model: Any, known_head: bool, rows: int) -> Policy:
