@@ -28,6 +28,7 @@ from crosstrain.load_data import LoadedStream, load_stream
 from crosstrain.methods import load_method
 from crosstrain.models import load_tokenizer
 from crosstrain.planning import plan
+from crosstrain.prepare import prepare
 from crosstrain.testing import save_tiny_model
 from crosstrain.text_server import complete
 from crosstrain.text_teacher import Taught, question, teach
@@ -156,8 +157,8 @@ def recipe(
     return parse(Recipe, content)
 
 
-def loaded(made: Recipe, *, ask: bool = True) -> LoadedStream:
-    return load_stream("train", made.data["train"], made, load_tokenizer(made.model.name), None, ask=ask)
+def loaded(made: Recipe) -> LoadedStream:
+    return load_stream("train", made.data["train"], made, load_tokenizer(made.model.name), None)
 
 
 def answers(one: LoadedStream) -> list[Any]:
@@ -470,10 +471,38 @@ def test_answers_that_nobody_reads(world: Path, server: Server, tmp_path: Path) 
         loaded(made)  # somebody else asks
     assert records[0]["warnings"] == records[1]["warnings"] == ["data.idle: no stage draws from it"]
     assert records[0]["data"] == records[1]["data"]  # a run goes on
-    for method, read in (("sft", True), ({"grpo": {"num_generations": 2}}, False)):
-        sampling = {} if read else {"rewards": ["exact_match"], "sampling": {"max_completion_length": 3}}
-        warned = plan(changed(recipe(world, server, method=method), **sampling)).warnings
-        assert ("data.train.teacher: no stage learns from demonstrations" not in warned) == read
+
+
+SAMPLING = {"rewards": ["exact_match"], "sampling": {"max_completion_length": 3}}
+GRPO = {"grpo": {"num_generations": 2}}
+
+
+def test_a_stage_that_reads_no_answers_asks_for_none(world: Path, server: Server, tmp_path: Path) -> None:
+    """The prompts are those that a teacher would be asked, whether its answers happen to be there or not."""
+    chats = [{"messages": [{"role": "user", "content": p}], "answer": "4"} for p in PROMPTS]
+    write(tmp_path / "chats.jsonl", chats)
+    for file in ("prompts.jsonl", str(tmp_path / "chats.jsonl")):
+        made = changed(recipe(world, server, file, method=GRPO, data={"filter": {"deduplicate": "exact"}}), **SAMPLING)
+        records = []
+        for name in ("before", "after"):
+            folder = crosstrain.train(made, tmp_path / f"{name}{len(file)}").folder
+            records.append(json.loads((folder / "record.json").read_text()))
+            assert len(server.asked) == (0 if name == "before" else 6)
+            loaded(made)  # somebody else asks
+        server.asked.clear()
+        assert records[0]["data"] == records[1]["data"] and records[0]["data"]["train"]["rows"] == 6
+        warned = "data.train.teacher: no stage learns from demonstrations, so its server is not asked"
+        assert all(warned in record["warnings"] for record in records)
+
+
+def test_answers_that_choose_rows_are_asked_for_though_nobody_learns_from_them(world: Path, server: Server) -> None:
+    server.reply = lambda asked: told("long" * (6 - int(asked.prompt[-1])), chat=False)
+    made = changed(recipe(world, server, method=GRPO, data={"order": {"by": "length", "pacing": "sorted"}}), **SAMPLING)
+    ready = prepare(made)
+    assert len(server.asked) == 6 and [e.id for e in ready.loaded.streams["train"].draw(0, 6)[0]][:2] == ["train:5", "train:4"]
+    warned = "data.train.teacher: no stage learns from demonstrations, and its answers only filter, choose or order rows"
+    assert warned in plan(made).warnings
+    assert not any("teacher:" in text for text in plan(recipe(world, server)).warnings)
 
 
 def test_a_run_goes_on_with_more_patience_and_a_corrected_address(world: Path, server: Server, tmp_path: Path) -> None:

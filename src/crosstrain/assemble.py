@@ -17,7 +17,7 @@ from crosstrain.data.curricula import Curriculum
 from crosstrain.data.mixtures import Mixture
 from crosstrain.errors import UserError, nearest
 from crosstrain.head import check_head
-from crosstrain.load_data import load_stream, untaught
+from crosstrain.load_data import Asking, load_stream, unjudged
 from crosstrain.methods import load_method
 from crosstrain.models import has_bf16_instructions, load_model, load_tokenizer, load_weights, resolve_device
 from crosstrain.rewards import RewardPool, load_reward
@@ -141,7 +141,7 @@ def check_vocabularies(name: str, tokenizer: Any, teacher: str, other: Any) -> N
         )
 
 
-def load_streams(recipe: Recipe, tokenizer: Any, model: Any, methods: Sequence[Method] = (), *, ask: bool = True) -> Loaded:
+def load_streams(recipe: Recipe, tokenizer: Any, model: Any, methods: Sequence[Method] = (), *, ask: Asking = "now") -> Loaded:
     """Every stream of the recipe, tokenized, with the contexts that methods ask of it, its rows filtered, chosen (by what `model`,
     not yet trained, makes of them) and ordered as the recipe says. ask: see `load_stream`; of streams that no method draws from,
     answers are not looked for. UserError for a row that cannot be used, with file:row, and for two methods whose contexts of one
@@ -149,7 +149,14 @@ def load_streams(recipe: Recipe, tokenizer: Any, model: Any, methods: Sequence[M
     drawn = {name for method in methods for name in origins(method)}
     found = {
         name: load_stream(
-            name, spec if name in drawn else untaught(spec), recipe, tokenizer, model, contexts_of(name, methods), ask=ask
+            name,
+            spec if name in drawn else unjudged(spec),
+            recipe,
+            tokenizer,
+            model,
+            contexts_of(name, methods),
+            ask=ask,
+            learned=learns_from_answers(name, methods),
         )
         for name, spec in recipe.data.items()
     }

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from crosstrain.assemble import Loaded, learns_from_answers, origins
-from crosstrain.config import Recipe
+from crosstrain.config import DataSpec, Recipe
 from crosstrain.config.recipe import SamplingSpec
 from crosstrain.config.rewards import RewardsSpec
 from crosstrain.errors import UserError
+from crosstrain.load_data import judged_by_answers
 from crosstrain.reward_models import check_classifier
 from crosstrain.rewards.model import is_model
 from crosstrain.training.reference import kept_reference
@@ -62,7 +63,9 @@ def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
     found = [f"data.{name}: no stage draws from it" for name in recipe.data if name not in drawn]
     taught = [name for name, spec in recipe.data.items() if name in drawn and any(source.teacher for source in spec.sources)]
     found += [
-        f"data.{name}.teacher: no stage learns from demonstrations" for name in taught if not learns_from_answers(name, methods)
+        f"data.{name}.teacher: no stage learns from demonstrations, {_of_answers(recipe.data[name])}"
+        for name in taught
+        if not learns_from_answers(name, methods)
     ]
     if recipe.rewards is not None and all(is_model(f.name) for f in recipe.rewards.functions):
         fields = RewardsSpec.model_fields
@@ -82,6 +85,12 @@ def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
         if getattr(recipe.sampling, name) != field.default and not (asks and name == "max_completion_length"):
             found.append(f"sampling.{name}: no stage samples completions")
     return found
+
+
+def _of_answers(spec: DataSpec) -> str:
+    """What becomes of a teacher's answers that nobody learns from."""
+    judging = any(source.teacher and judged_by_answers(source) for source in spec.sources)
+    return "and its answers only filter, choose or order rows" if judging else "so its server is not asked"
 
 
 def short_iterations(recipe: Recipe, methods: Sequence[Method], loaded: Loaded) -> list[str]:

@@ -44,7 +44,9 @@ def check_recipe(file: Path, given: Sequence[str] = (), console: Console | None 
     methods = [assemble.stage_method(stage) for stage in recipe.stages]
     for name, data in recipe.data.items():
         try:
-            loaded = load_stream(name, data, recipe, tokenizer, model, assemble.contexts_of(name, methods), ask=ask)
+            loaded = load_stream(
+                name, data, recipe, tokenizer, model, assemble.contexts_of(name, methods), ask="now" if ask else "never"
+            )
         except BadRows as error:
             print_problems(error, console)
             raise

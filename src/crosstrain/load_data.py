@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from crosstrain.base_view import informative, mean_losses
 from crosstrain.config import DataSpec, OrderSpec, Recipe, SelectSpec, TextTeacherSpec
@@ -23,6 +23,9 @@ from crosstrain.errors import UserError
 from crosstrain.tasks import get_task
 from crosstrain.text_teacher import Taught, question, teach
 from crosstrain.types import Example, Source
+
+Asking = Literal["now", "later", "never"]
+"""When servers are asked for answers that are not there yet. Words stand for them until then, or, in a dry run, for good."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,17 @@ def needs_model(spec: DataSpec) -> bool:
     )
 
 
-def untaught(spec: DataSpec) -> DataSpec:
-    """The stream with the prompts of sources that have a teacher as they are: nothing is asked for, filtered, chosen or ordered.
+def judged_by_answers(spec: DataSpec) -> bool:
+    """Whether a source's answers decide which of its rows are drawn, or when."""
+    by_length = spec.filter is not None and (spec.filter.min_length is not None or spec.filter.max_length is not None)
+    return by_length or needs_model(spec) or (spec.order is not None and spec.order.by == "length")
 
-    Whether answers happen to be there then changes nothing, the rows' hash among it.
-    """
+
+def unjudged(spec: DataSpec) -> DataSpec:
+    """The stream with all rows of sources that have a teacher: none are filtered, chosen or ordered."""
     if spec.mixture is not None:
-        return spec.model_copy(update={"mixture": [untaught(source) for source in spec.mixture]})
-    idle = ("teacher", "filter", "select", "order") if spec.teacher is not None else ()
+        return spec.model_copy(update={"mixture": [unjudged(source) for source in spec.mixture]})
+    idle = ("filter", "select", "order") if spec.teacher is not None else ()
     return spec.model_copy(update=dict.fromkeys(idle))
 
 
@@ -103,11 +109,14 @@ def load_stream(
     model: Any,
     contexts: Mapping[str, str] | None = None,
     *,
-    ask: bool = True,
+    ask: Asking = "now",
+    learned: bool = True,
 ) -> LoadedStream:
     """The stream `name`. model: the untrained one, for what `needs_model`; None else. contexts: other texts of its prompts, see
-    `Method.contexts`. ask: whether a server is asked for answers that are not there yet; where it is not, words stand for them,
-    such rows are not filtered, chosen or ordered, and a warning says so.
+    `Method.contexts`. ask: when servers are asked for answers that are not there yet; where words stand for them, rows are not
+    filtered, chosen or ordered, a warning says so, and where the answers are still to come, so are contexts that tell them.
+    learned: whether anybody learns from answers. Where nobody does, a teacher's prompts stay prompts, unless its answers
+    decide which rows are drawn. Whether answers happen to be there then changes nothing, the rows' hash among it.
 
     UserError for a row that cannot be used, with file:row, and for a setting that leaves no row or has no effect.
     """
@@ -117,7 +126,8 @@ def load_stream(
         # a seed for each source, so that sources of one size do not come in one order
         places = [_Place(f"{name}.{k}", f"data.{name}.mixture.{k}", _seed(recipe.seed, k)) for k in range(len(labels))]
     parts = tuple(
-        _part(*given, recipe, tokenizer, model, contexts, ask=ask) for given in zip(places, labels, spec.sources, strict=True)
+        _part(*given, recipe, tokenizer, model, contexts, ask=ask, learned=learned)
+        for given in zip(places, labels, spec.sources, strict=True)
     )
     hashes = [_hash(part) for part in parts]
     there = [part for part in parts if part.taught is None or not part.taught.waiting]
@@ -154,17 +164,22 @@ def _part(
     model: Any,
     contexts: Mapping[str, str] | None,
     *,
-    ask: bool,
+    ask: Asking,
+    learned: bool,
 ) -> Part:
     """One source, whose examples are called `name:row` by the rows that it had before any was left out, `name:row#2` where a
     teacher gave several answers."""
     rows = rows_of(spec)
     taught, names = None, tuple(map(str, range(len(rows))))
-    if spec.teacher is not None:
+    if spec.teacher is not None and not (learned or judged_by_answers(spec)):
+        rows = [question(row, spec.teacher) for row in rows]
+    elif spec.teacher is not None:
         taught = _taught(at, rows, spec, recipe, tokenizer, contexts, ask=ask)
         rows, names = list(taught.rows), taught.names
         if taught.waiting:
-            spec = spec.model_copy(update={"filter": None, "select": None, "order": None})
+            spec = unjudged(spec)
+            if ask == "later":  # words that stand for an answer may be too long for a context
+                contexts = {name: text for name, text in (contexts or {}).items() if "{completion}" not in text}
     filtered = None
     if spec.filter is not None:
         filtered = filter_rows(rows, spec.filter, lambda row: _trained(encode(row, tokenizer, id="")))
@@ -207,7 +222,7 @@ def _taught(
     tokenizer: Any,
     contexts: Mapping[str, str] | None,
     *,
-    ask: bool,
+    ask: Asking,
 ) -> Taught:
     """The rows with their teacher's answers, who reads the prompts that the model will read."""
     assert spec.teacher is not None
@@ -217,7 +232,7 @@ def _taught(
     for row in questions:  # what the run would refuse is refused before anything is paid for
         limits = {"max_prompt_length": recipe.max_prompt_length, "max_length": recipe.max_length}
         encode(row, tokenizer, id="", **limits, contexts=contexts)
-    return teach(f"{at.key}.teacher", questions, spec.teacher, ask=ask)
+    return teach(f"{at.key}.teacher", questions, spec.teacher, ask=ask == "now")
 
 
 def _on_answers(taught: Taught, teacher: TextTeacherSpec) -> list[str]:
@@ -292,7 +307,7 @@ def _digest(content: Any) -> str:
 
 def _report(spec: DataSpec, parts: Sequence[Part]) -> list[dict[str, Any]]:
     """What was done to the rows, for records; nothing where nothing was."""
-    if spec.mixture is None and not (spec.teacher or spec.filter or spec.select or spec.order):
+    if spec.mixture is None and not (parts[0].taught or spec.filter or spec.select or spec.order):
         return []
     total = sum(s.weight or 1.0 for s in spec.sources)
     found = []

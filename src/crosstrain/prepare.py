@@ -45,10 +45,8 @@ def prepare(recipe: Recipe, *, ask: bool = True) -> Prepared:
     device = resolve_device(recipe.device)
     methods = tuple(assemble.stage_method(stage) for stage in recipe.stages)
     model, tokenizer = assemble.load_base(recipe, device)
-    paid = ask and any(source.teacher is not None for spec in recipe.data.values() for source in spec.sources)
     # a server is asked, and paid, when nothing else is wrong
-    early = tuple(map(_without_answers, methods)) if paid else methods
-    loaded = assemble.load_streams(recipe, tokenizer, model, early, ask=False)
+    loaded = assemble.load_streams(recipe, tokenizer, model, methods, ask="later" if ask else "never")
     for i, method in enumerate(methods):
         checks.check_data(method, loaded)
         checks.check_reference(recipe, method, i)
@@ -57,11 +55,10 @@ def prepare(recipe: Recipe, *, ask: bool = True) -> Prepared:
     vocabulary = int(model.config.get_text_config().vocab_size)
     teacher = assemble.load_teacher(recipe, methods, tokenizer, vocabulary, device)
     precision = assemble.resolve_precision(recipe, device)
-    if paid:
-        if loaded.waiting:
-            with assemble.reward_scorer(recipe, tokenizer) as rewards:
-                for method in methods:
-                    checks.check_rewards(method, rewards)
+    if ask and loaded.waiting:
+        with assemble.reward_scorer(recipe, tokenizer) as rewards:
+            for method in methods:
+                checks.check_rewards(method, rewards)
         loaded = assemble.load_streams(recipe, tokenizer, model, methods)
         for method in methods:
             checks.check_data(method, loaded)
@@ -69,12 +66,6 @@ def prepare(recipe: Recipe, *, ask: bool = True) -> Prepared:
     cost = assemble.cost_of_data(recipe, loaded, model)
     optimizer = Optimizer(model, precision, head)
     return Prepared(device, methods, model, tokenizer, loaded, precision, optimizer, cost, head, teacher)
-
-
-def _without_answers(method: Method) -> Method:
-    """The method without contexts that tell a row's answer: words that stand for one may be too long for them."""
-    told = {name: text for name, text in method.contexts.items() if "{completion}" not in text}
-    return replace(method, contexts=told)
 
 
 def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
