@@ -83,6 +83,12 @@ def test_streams_and_tasks(world: Path) -> None:
     assert "first batch of 8 at seed 0" in shown  # no stage draws from it
 
 
+def test_what_a_method_lacks_is_an_error_after_the_rows_were_shown(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "check", str(recipe(world, str(world / "rows.jsonl"), method="dpo"))]) == 2
+    shown = capsys.readouterr()
+    assert "train: 6 rows\n" in shown.out and "method dpo needs `chosen` and `rejected`, which 6 of 6 rows" in shown.err
+
+
 def test_mistakes(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = recipe(world, {"path": str(world / "rows.jsonl"), "filter": {"min_length": 99}})
     assert main(["data", "check", str(file)]) == 2

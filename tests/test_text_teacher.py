@@ -35,6 +35,8 @@ from crosstrain.text_teacher import Taught, question, teach
 from crosstrain.training.record import read_lines
 
 PROMPTS = [f"say {i}" for i in range(6)]
+GRPO = {"grpo": {"num_generations": 2}}
+SAMPLING = {"rewards": ["exact_match"], "sampling": {"max_completion_length": 3}}
 Reply = tuple[int, dict[str, str], bytes]
 
 
@@ -427,6 +429,33 @@ def test_data_check_shows_the_answers_and_asks_when_told_to(
     assert "--ask is for a recipe" in capsys.readouterr().err
 
 
+def test_data_check_asks_for_what_a_run_would_ask_for_when_nothing_else_is_wrong(
+    world: Path, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def checked(made: Recipe) -> tuple[int, str]:
+        (tmp_path / "recipe.yaml").write_text(to_yaml(made))
+        code = main(["data", "check", str(tmp_path / "recipe.yaml"), "--ask"])
+        shown = capsys.readouterr()
+        return code, shown.out + shown.err
+
+    taught = recipe(world, server).data["train"].model_dump(exclude_defaults=True)
+    code, shown = checked(changed(recipe(world, server), data={"train": str(world / "told.jsonl"), "idle": taught}))
+    assert code == 0 and "warning: data.idle: no stage draws from it" in shown
+    code, shown = checked(changed(recipe(world, server, method=GRPO), **SAMPLING))
+    assert code == 0 and "warning: data.train.teacher: no stage learns from demonstrations, so its server is not" in shown
+    (tmp_path / "bad.jsonl").write_text('{"promt": "a"}\n')
+    for refused, message in (
+        (recipe(world, server, method="dpo"), "method dpo needs `chosen` and `rejected`"),
+        (changed(recipe(world, server), data={"train": taught, "more": str(tmp_path / "bad.jsonl")}), "bad.jsonl:1"),
+        (recipe(world, server, method={"luffy": {"num_generations": 2}}), "nothing scores them"),
+        (changed(recipe(world, server), evaluation={"in_distribution": [{"name": "n", "task": "nowhere"}]}), "nowhere"),
+    ):
+        code, shown = checked(refused)
+        assert code == 2 and message in shown
+    assert not server.asked
+    assert checked(recipe(world, server))[0] == 0 and len(server.asked) == 6
+
+
 def test_nothing_is_asked_for_rows_that_a_run_would_refuse(world: Path, server: Server) -> None:
     made = recipe(world, server)
     with pytest.raises(UserError, match=r"prompts.jsonl:1: the prompt has 5 tokens, more than max_prompt_length 4"):
@@ -448,11 +477,10 @@ def test_nothing_is_paid_for_a_recipe_that_cannot_run(world: Path, server: Serve
     stages = [{**stage, "method": "sft"}, {**stage, "method": "dpo", "data": "pairs"}]
     lora = {k: v for k, v in made.model_dump(exclude_defaults=True).items() if k != "stages"}
     lora |= {"data": both, "stages": stages, "model": {"name": str(world / "model"), "lora": {"r": 2}}}
-    grpo = {"grpo": {"num_generations": 2}}
     for refused, message in (
         (recipe(world, server, method="dpo"), "method dpo needs `chosen` and `rejected`"),
-        (recipe(world, server, method=grpo), "method grpo samples completions, and nothing scores them"),
-        (changed(recipe(world, server, method=grpo), rewards=["nowhere.py:f"]), "nowhere.py"),
+        (recipe(world, server, method=GRPO), "method grpo samples completions, and nothing scores them"),
+        (changed(recipe(world, server, method=GRPO), rewards=["nowhere.py:f"]), "nowhere.py"),
         (parse(Recipe, lora), "stage 1: a reference at the stage's start is not kept for LoRA runs"),
     ):
         with pytest.raises(UserError, match=message):
@@ -471,10 +499,6 @@ def test_answers_that_nobody_reads(world: Path, server: Server, tmp_path: Path) 
         loaded(made)  # somebody else asks
     assert records[0]["warnings"] == records[1]["warnings"] == ["data.idle: no stage draws from it"]
     assert records[0]["data"] == records[1]["data"]  # a run goes on
-
-
-SAMPLING = {"rewards": ["exact_match"], "sampling": {"max_completion_length": 3}}
-GRPO = {"grpo": {"num_generations": 2}}
 
 
 def test_a_stage_that_reads_no_answers_asks_for_none(world: Path, server: Server, tmp_path: Path) -> None:

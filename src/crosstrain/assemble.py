@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from crosstrain.data.curricula import Curriculum
 from crosstrain.data.mixtures import Mixture
 from crosstrain.errors import UserError, nearest
 from crosstrain.head import check_head
-from crosstrain.load_data import Asking, load_stream, unjudged
+from crosstrain.load_data import Asking, LoadedStream, load_stream, unjudged
 from crosstrain.methods import load_method
 from crosstrain.models import has_bf16_instructions, load_model, load_tokenizer, load_weights, resolve_device
 from crosstrain.rewards import RewardPool, load_reward
@@ -40,7 +40,8 @@ class Loaded:
     """The data of a recipe: a stream of tokenized examples and the content's hash, by stream name.
 
     reports: what was done to the rows of each source, of the streams that have a teacher, filter, choose, order or mix. looked_at:
-    tokens that went through the untrained model for that. waiting: how many answers of servers are not there yet.
+    tokens that went through the untrained model for that. waiting: how many answers of servers are not there yet. found: each
+    stream with its sources.
     """
 
     streams: Mapping[str, Stream | Curriculum | Mixture]
@@ -50,6 +51,7 @@ class Loaded:
     reports: Mapping[str, list[dict[str, Any]]]
     looked_at: int
     waiting: int = 0
+    found: Mapping[str, LoadedStream] = field(default_factory=dict)
 
 
 def resolve_precision(recipe: Recipe, device: torch.device) -> Precision:
@@ -167,7 +169,8 @@ def load_streams(recipe: Recipe, tokenizer: Any, model: Any, methods: Sequence[M
         warnings=tuple(text for one in found.values() for text in one.warnings),
         reports={name: one.report for name, one in found.items() if one.report},
         looked_at=sum(one.looked_at for one in found.values()),
-        waiting=sum(part.taught.waiting for one in found.values() for part in one.parts if part.taught is not None),
+        waiting=sum(one.waiting for one in found.values()),
+        found=found,
     )
 
 

@@ -17,6 +17,14 @@ from crosstrain.training.reference import kept_reference
 from crosstrain.types import Example, Method
 
 
+def check_before_asking(recipe: Recipe, methods: Sequence[Method], loaded: Loaded, tokenizer: Any) -> None:
+    """What can be known to be wrong without a server's answers and without loading a model."""
+    for i, method in enumerate(methods):
+        check_data(method, loaded)
+        check_reference(recipe, method, i)
+    check_evaluation(recipe, tokenizer)
+
+
 def check_data(method: Method, loaded: Loaded) -> None:
     """Before step 1: every row brings what the method needs, or UserError with the first rows that do not."""
     for stream in method.plan.streams(method.init()):

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from crosstrain import assemble
+from crosstrain import assemble, checks
 from crosstrain.config import DataSpec, Recipe, load_recipe
 from crosstrain.data.check import BATCH, print_batch, print_problems
 from crosstrain.data.curricula import Curriculum
@@ -17,8 +17,9 @@ from crosstrain.data.filters import NAMED
 from crosstrain.data.mixtures import Mixture
 from crosstrain.data.rows import BadRows
 from crosstrain.errors import UserError, visible
-from crosstrain.load_data import LoadedStream, Part, load_stream, needs_model
+from crosstrain.load_data import LoadedStream, Part, needs_model
 from crosstrain.models import load_tokenizer, resolve_device
+from crosstrain.prepare import with_answers
 from crosstrain.training.collect import shares
 
 
@@ -26,8 +27,8 @@ def check_recipe(file: Path, given: Sequence[str] = (), console: Console | None 
     """Print, of each stream: its sources, what filters took, which rows are chosen, what comes first, and the first batch.
 
     The model is loaded where rows are chosen or ordered by what it makes of them. given: options of the command line, which a
-    recipe has of its own. ask: ask servers for answers that are not there yet; words stand for them else. Raises UserError for what
-    a run would refuse in its data, after printing the rows that cannot be used.
+    recipe has of its own. ask: ask servers for answers that are not there yet and that a run would ask for, when nothing else is
+    wrong; words stand for them else. Raises UserError for what a run would refuse in its data, after printing what there is to see.
     """
     console = console or Console(soft_wrap=True, highlight=False)
     if given:
@@ -42,15 +43,20 @@ def check_recipe(file: Path, given: Sequence[str] = (), console: Console | None 
     if any(map(needs_model, recipe.data.values())):
         model, _ = assemble.load_base(recipe, resolve_device(recipe.device))
     methods = [assemble.stage_method(stage) for stage in recipe.stages]
-    for name, data in recipe.data.items():
-        try:
-            loaded = load_stream(
-                name, data, recipe, tokenizer, model, assemble.contexts_of(name, methods), ask="now" if ask else "never"
-            )
-        except BadRows as error:
-            print_problems(error, console)
-            raise
-        _print_stream(name, data, loaded, recipe, tokenizer, console)
+    try:
+        loaded = assemble.load_streams(recipe, tokenizer, model, methods, ask="later" if ask else "never")
+    except BadRows as error:
+        print_problems(error, console)
+        raise
+    if ask:
+        checks.check_before_asking(recipe, methods, loaded, tokenizer)
+        loaded = with_answers(recipe, tokenizer, model, methods, loaded)
+    unused = checks.unused_settings(recipe, methods)
+    for name, found in loaded.found.items():
+        said = [text for text in unused if text.startswith((f"data.{name}:", f"data.{name}."))]
+        _print_stream(name, found, said, recipe, tokenizer, console)
+    for method in methods:
+        checks.check_data(method, loaded)
 
 
 def first_batch(name: str, recipe: Recipe) -> int:
@@ -63,17 +69,18 @@ def first_batch(name: str, recipe: Recipe) -> int:
     return BATCH
 
 
-def _print_stream(name: str, spec: DataSpec, loaded: LoadedStream, recipe: Recipe, tokenizer: Any, console: Console) -> None:
-    n = first_batch(name, recipe)
+def _print_stream(
+    name: str, loaded: LoadedStream, unused: Sequence[str], recipe: Recipe, tokenizer: Any, console: Console
+) -> None:
+    spec, n = recipe.data[name], first_batch(name, recipe)
     said = [f"{name}: {loaded.rows:,} rows"]
     counts = loaded.stream.counts(0, n) if isinstance(loaded.stream, Mixture) else {}
     weights = [1.0 if s.weight is None else s.weight for s in spec.sources]
     for part, source, weight in zip(loaded.parts, spec.sources, weights, strict=True):
         mixed = f", share {weight / sum(weights):.1%}, {counts[part.label]} of the first {n}" if counts else ""
         said += [f"  {part.label}: {len(part.rows):,} rows{mixed}", *(f"    {line}" for line in _done(part, source))]
-    said += [
-        f"warning: {text}" for text in loaded.warnings if not any(f": {what} keeps" in text for what in ("teacher", "filter"))
-    ]
+    shown = [text for text in loaded.warnings if not any(f": {what} keeps" in text for what in ("teacher", "filter"))]
+    said += [f"warning: {text}" for text in (*shown, *unused)]
     for line in said:
         console.print(Text(visible(line)))
     print_batch(loaded.stream.draw(0, n)[0], recipe.seed, tokenizer, console)

@@ -65,6 +65,11 @@ class LoadedStream:
         return sum(len(part.rows) for part in self.parts)
 
     @property
+    def waiting(self) -> int:
+        """How many requests would get the answers that are not there yet."""
+        return sum(part.taught.waiting for part in self.parts if part.taught is not None)
+
+    @property
     def looked_at(self) -> int:
         """Tokens that went through the untrained model to choose rows and to order them."""
         return sum(part.looked_at for part in self.parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -45,27 +45,33 @@ def prepare(recipe: Recipe, *, ask: bool = True) -> Prepared:
     device = resolve_device(recipe.device)
     methods = tuple(assemble.stage_method(stage) for stage in recipe.stages)
     model, tokenizer = assemble.load_base(recipe, device)
-    # a server is asked, and paid, when nothing else is wrong
     loaded = assemble.load_streams(recipe, tokenizer, model, methods, ask="later" if ask else "never")
-    for i, method in enumerate(methods):
-        checks.check_data(method, loaded)
-        checks.check_reference(recipe, method, i)
-    checks.check_evaluation(recipe, tokenizer)
+    checks.check_before_asking(recipe, methods, loaded, tokenizer)
     checks.check_values(recipe, methods, model)
     vocabulary = int(model.config.get_text_config().vocab_size)
     teacher = assemble.load_teacher(recipe, methods, tokenizer, vocabulary, device)
     precision = assemble.resolve_precision(recipe, device)
-    if ask and loaded.waiting:
-        with assemble.reward_scorer(recipe, tokenizer) as rewards:
-            for method in methods:
-                checks.check_rewards(method, rewards)
-        loaded = assemble.load_streams(recipe, tokenizer, model, methods)
-        for method in methods:
-            checks.check_data(method, loaded)
+    if ask:
+        loaded = with_answers(recipe, tokenizer, model, methods, loaded)
     head = make_value_head(model) if any("value" in method.needs for method in methods) else None
     cost = assemble.cost_of_data(recipe, loaded, model)
     optimizer = Optimizer(model, precision, head)
     return Prepared(device, methods, model, tokenizer, loaded, precision, optimizer, cost, head, teacher)
+
+
+def with_answers(
+    recipe: Recipe, tokenizer: Any, model: Any, methods: Sequence[Method], loaded: assemble.Loaded
+) -> assemble.Loaded:
+    """The data with the answers they wait for: servers are asked, and paid, so this comes when nothing else is wrong."""
+    if not loaded.waiting:
+        return loaded
+    with assemble.reward_scorer(recipe, tokenizer) as rewards:
+        for method in methods:
+            checks.check_rewards(method, rewards)
+    loaded = assemble.load_streams(recipe, tokenizer, model, methods)
+    for method in methods:
+        checks.check_data(method, loaded)
+    return loaded
 
 
 def base_engine(recipe: Recipe, ready: Prepared, rewards: Any) -> Engine:
