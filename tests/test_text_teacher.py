@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 
 import crosstrain
-from crosstrain import text_server
+from crosstrain import load_data, text_server
 from crosstrain.assemble import load_streams
 from crosstrain.cli import main
 from crosstrain.config import Recipe, TextTeacherSpec, config_hash, parse, to_yaml
+from crosstrain.data.chat import encode
 from crosstrain.data.rows import Row
 from crosstrain.errors import UserError
 from crosstrain.load_data import LoadedStream, load_stream
@@ -517,6 +518,31 @@ def test_a_stage_that_reads_no_answers_asks_for_none(world: Path, server: Server
         assert records[0]["data"] == records[1]["data"] and records[0]["data"]["train"]["rows"] == 6
         warned = "data.train.teacher: no stage learns from demonstrations, so its server is not asked"
         assert all(warned in record["warnings"] for record in records)
+
+
+def test_rows_are_tokenized_once_at_each_start_after_the_first(
+    world: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenized: list[str] = []
+
+    def counted(row: Row, *given: Any, **named: Any) -> Any:
+        tokenized.append(f"{Path(row.where).name} {row.kind}")
+        return encode(row, *given, **named)
+
+    monkeypatch.setattr(load_data, "encode", counted)
+    made = recipe(world, server)
+    data = {"train": made.data["train"].model_dump(exclude_defaults=True), "more": str(world / "told.jsonl")}
+    once = [f"{file}.jsonl:{i} prompt_completion" for file in ("prompts", "told") for i in range(1, 7)]
+    for start in ("first", "next", "dry"):
+        tokenized.clear()
+        prepare(changed(made, data=data), ask=start != "dry")
+        if start == "first":  # the prompts, with words for their answers, alone, and with their answers
+            prompts = [one for one in once if one.startswith("prompts")]
+            expected = [*once, *prompts, *(one.replace("_completion", "") for one in prompts)]
+        else:
+            expected = once
+        assert sorted(tokenized) == sorted(expected)
+    assert len(server.asked) == 6
 
 
 def test_answers_that_choose_rows_are_asked_for_though_nobody_learns_from_them(world: Path, server: Server) -> None:

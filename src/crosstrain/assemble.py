@@ -143,25 +143,27 @@ def check_vocabularies(name: str, tokenizer: Any, teacher: str, other: Any) -> N
         )
 
 
-def load_streams(recipe: Recipe, tokenizer: Any, model: Any, methods: Sequence[Method] = (), *, ask: Asking = "now") -> Loaded:
+def load_streams(
+    recipe: Recipe,
+    tokenizer: Any,
+    model: Any,
+    methods: Sequence[Method] = (),
+    *,
+    ask: Asking = "now",
+    known: Loaded | None = None,
+) -> Loaded:
     """Every stream of the recipe, tokenized, with the contexts that methods ask of it, its rows filtered, chosen (by what `model`,
     not yet trained, makes of them) and ordered as the recipe says. ask: see `load_stream`; of streams that no method draws from,
-    answers are not looked for. UserError for a row that cannot be used, with file:row, and for two methods whose contexts of one
-    name differ."""
+    answers are not looked for. known: what was loaded before, of which streams that wait for no answer stay as they are. UserError
+    for a row that cannot be used, with file:row, and for two methods whose contexts of one name differ."""
     drawn = {name for method in methods for name in origins(method)}
-    found = {
-        name: load_stream(
-            name,
-            spec if name in drawn else unjudged(spec),
-            recipe,
-            tokenizer,
-            model,
-            contexts_of(name, methods),
-            ask=ask,
-            learned=learns_from_answers(name, methods),
-        )
-        for name, spec in recipe.data.items()
-    }
+    found = {} if known is None else dict(known.found)
+    for name, spec in recipe.data.items():
+        if name in found and not found[name].waiting:
+            continue
+        contexts, learned = contexts_of(name, methods), learns_from_answers(name, methods)
+        used = spec if name in drawn else unjudged(spec)
+        found[name] = load_stream(name, used, recipe, tokenizer, model, contexts, ask=ask, learned=learned)
     return Loaded(
         streams={name: one.stream for name, one in found.items()},
         hashes={name: one.hash for name, one in found.items()},

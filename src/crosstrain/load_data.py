@@ -234,7 +234,7 @@ def _taught(
     questions = [question(row, spec.teacher) for row in rows]
     if spec.system_prompt is not None:
         questions = [with_system(row, spec.system_prompt) for row in questions]
-    for row in questions:  # what the run would refuse is refused before anything is paid for
+    for row in questions if ask == "now" else ():  # what the run would refuse is refused before anything is paid for
         limits = {"max_prompt_length": recipe.max_prompt_length, "max_length": recipe.max_length}
         encode(row, tokenizer, id="", **limits, contexts=contexts)
     return teach(f"{at.key}.teacher", questions, spec.teacher, ask=ask == "now")

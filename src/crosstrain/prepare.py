@@ -68,7 +68,7 @@ def with_answers(
     with assemble.reward_scorer(recipe, tokenizer) as rewards:
         for method in methods:
             checks.check_rewards(method, rewards)
-    loaded = assemble.load_streams(recipe, tokenizer, model, methods)
+    loaded = assemble.load_streams(recipe, tokenizer, model, methods, known=loaded)
     for method in methods:
         checks.check_data(method, loaded)
     return loaded
