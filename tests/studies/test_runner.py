@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +20,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from study_fakes import STUDY, Fakes, quiet, small_study
 
-from crosstrain.config import Recipe, StudySpec, load_study
+from crosstrain.config import Recipe, StudySpec, config_hash, load_study
 from crosstrain.config.differences import differences
 from crosstrain.errors import UserError
 from crosstrain.methods import load_method
+from crosstrain.run_folder import open_folder
+from crosstrain.studies.attempt import attempt
 from crosstrain.studies.budget import check_can_be_equal
 from crosstrain.studies.estimate import expected_seconds
 from crosstrain.studies.layout import only_one_process, slugs, study_runs
@@ -277,6 +282,101 @@ def test_another_study_in_the_folder_is_refused_with_what_differs(tmp_path: Path
         run(tmp_path, Fakes(), quick=True)
     with pytest.raises(UserError, match="was started without --tune"):
         run(tmp_path, Fakes(), tune=True)
+
+
+def with_rate(rate: float, **changes: Any) -> StudySpec:
+    """The small study with another rate in the last stage of its second arm."""
+    sft, then = STUDY["arms"]
+    return small_study(arms=[sft, {"stages": [then["stages"][0], {**then["stages"][1], "learning_rate": rate}]}], **changes)
+
+
+def test_a_study_in_which_nothing_began_may_be_corrected(tmp_path: Path) -> None:
+    fakes = Fakes()
+
+    def refuses(recipe: Recipe) -> Any:
+        raise UserError("method grpo: unknown setting 'beat'")
+
+    fakes.plan = refuses  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="beat"):
+        run(tmp_path, fakes)
+    other = small_study(budget={"unit": "flops", "amount": 200.0}, quick={"seeds": [5]})
+    printed = run(tmp_path, Fakes(), other, quick=True)
+    assert study_json(tmp_path)["spec"]["budget"]["amount"] == 200.0 and "note: " not in printed
+    assert [entry["folder"] for entry in study_json(tmp_path)["runs"]] == ["runs/sft/seed-5", "runs/sft-to-grpo/seed-5"]
+
+
+def test_runs_that_did_not_begin_take_a_corrected_recipe_and_the_others_are_kept(tmp_path: Path) -> None:
+    def wrong(recipe: Recipe, step: int) -> None:
+        if recipe.stages[-1].method.name == "grpo":
+            raise UserError("method grpo: the reward cannot be called")
+
+    with pytest.raises(UserError, match="cannot be called"):
+        run(tmp_path, Fakes(before_step=wrong))
+    again = Fakes()
+    printed = run(tmp_path, again, with_rate(3e-5))
+    assert again.names() == ["sft-to-grpo/seed-0", "sft/seed-1", "sft-to-grpo/seed-1"] and again.bases == [
+        tmp_path / "runs" / "base"
+    ]
+    assert {r.stages[-1].learning_rate for _, r, _ in again.trained} == {1e-5, 3e-5}
+    assert "note: arms.1.stages.1.learning_rate is 2e-05 there and 3e-05 here; what has begun is as it was" in printed
+    found = study_json(tmp_path)
+    assert found["spec"]["arms"][1]["stages"][1]["learning_rate"] == 3e-5 and found["runs"][0]["seconds"] is not None
+    again = Fakes()
+    run(tmp_path, again, with_rate(3e-5))
+    assert again.trained == []
+
+
+def test_runs_that_began_with_another_recipe_are_named_and_can_be_begun_anew(tmp_path: Path) -> None:
+    run(tmp_path, Fakes(before_step=explode_in_grpo(NonFinite("nan"))), small_study(seeds=[0]))
+    folder = tmp_path / "runs/sft-to-grpo/seed-0"
+    with pytest.raises(
+        UserError,
+        match=rf"learning_rate is 2e-05 there and 1e-06 here; begun with what it says there: sft -> grpo, seed 0\. Set it "
+        rf"back to go on with that study, remove {folder} to begin that anew as it says here",
+    ):
+        run(tmp_path, Fakes(), with_rate(1e-6, seeds=[0]))
+    shutil.rmtree(folder)
+    again = Fakes()
+    run(tmp_path, again, with_rate(1e-6, seeds=[0]))
+    assert again.names() == ["sft-to-grpo/seed-0"]
+    # what the untrained model was asked is no matter of one run
+    changed = {**STUDY["shared"], "evaluation": {**STUDY["shared"]["evaluation"], "samples_per_question": 16}}
+    shutil.rmtree(tmp_path / "runs/sft")
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match=r"begun with what it says there: the untrained model\. .* remove .*/runs/base to"):
+        run(tmp_path, Fakes(), with_rate(1e-6, seeds=[0], shared=changed))
+
+
+def test_a_finished_study_takes_no_further_runs_and_a_search_no_other_study(tmp_path: Path) -> None:
+    """Seeds that are added once the report was read are no fair sample."""
+    run(tmp_path / "done", Fakes())
+    for other in (small_study(seeds=[0, 1, 2]), small_study(arms=[*STUDY["arms"], {"method": "dft", "learning_rate": 1e-5}])):
+        with pytest.raises(UserError, match=r"holds a finished study of other runs: .*choose another --out to start anew"):
+            run(tmp_path / "done", Fakes(), other)
+    with pytest.raises(UserError, match=r"begun with what it says there: sft, seed 1; sft -> grpo, seed 1\."):
+        run(tmp_path / "done", Fakes(), small_study(seeds=[0]))
+
+    def stops(recipe: Recipe, step: int) -> None:
+        if recipe.stages[-1].learning_rate == 1e-5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "search", Fakes(before_step=stops), tune=True)
+    with pytest.raises(UserError, match=r"begun with what it says there: the search for learning rates\."):
+        run(tmp_path / "search", Fakes(), with_rate(1e-6), tune=True)
+
+
+def test_a_run_without_a_step_is_begun_anew_whatever_recipe_lies_there(tmp_path: Path) -> None:
+    first, other = (with_rate(rate).recipe("sft -> grpo", 0) for rate in (1e-5, 1e-6))
+    open_folder(first, tmp_path)
+    (tmp_path / "record.json").write_text('{"status": "failed", "error": {}}')
+    with pytest.raises(UserError, match=r"stages.1.learning_rate is 1e-05 there and 1e-06 here"):
+        open_folder(other, tmp_path)
+    opens = replace(
+        Fakes().actions(), train=lambda recipe, folder, **_: SimpleNamespace(evaluation=open_folder(recipe, folder))
+    )
+    assert attempt(opens, other, tmp_path, first=True).evaluation == {}
+    assert json.loads((tmp_path / "recipe.json").read_text())["hash"] == config_hash(other)
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from crosstrain.config import Recipe
 from crosstrain.errors import UserError
-from crosstrain.studies.layout import read_record
+from crosstrain.studies.layout import has_begun, read_record
 from crosstrain.training.checkpoint import write_json
 from crosstrain.training.record import read_lines
 
@@ -93,13 +93,11 @@ def _note_failure(folder: Path, error: Exception) -> None:
 
 def _forget_failure(folder: Path) -> None:
     record = read_record(folder)
-    if record.get("status") != "failed":
-        return
-    if (folder / "recipe.json").is_file():
+    if not has_begun(folder):  # to be started from nothing, and with another recipe if that was what was wrong
+        (folder / "record.json").unlink(missing_ok=True)
+    elif record.get("status") == "failed":
         del record["error"]
         write_json(folder / "record.json", {**record, "status": "running"})
-    else:  # it failed before it had a recipe: to be started from nothing
-        (folder / "record.json").unlink()
 
 
 def _message(error: Exception) -> str:

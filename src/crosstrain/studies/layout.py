@@ -5,6 +5,8 @@ DIR/runs/base/                       the untrained model's evaluation
 DIR/runs/<arm>/seed-<s>/             one run, as `crosstrain train` leaves it
 DIR/tuning.json, DIR/tuning/...      the learning-rate search of `--tune`
 DIR/results.json, DIR/report.html    made from the files above, again at any time
+
+A study may be corrected while it runs: what has not begun is as the study says now. What has begun is never mixed with that.
 """
 
 from __future__ import annotations
@@ -19,10 +21,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from crosstrain.config import StudySpec
+from crosstrain.config import Recipe, StudySpec, config_hash
 from crosstrain.config.differences import say_differences
 from crosstrain.errors import UserError
 from crosstrain.run_folder import make_folder
+from crosstrain.training import checkpoint
+from crosstrain.training.record import read_lines
+
+OF_BASE = ("model", "device", "precision", "evaluation", "sampling")
+"""The shared settings that the untrained model's evaluation depends on."""
+
+SHOWN = 3
+"""Runs that a message names."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,12 @@ def is_finished(folder: Path) -> bool:
     return read_record(folder).get("status") == "finished"
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a run's folder holds anything of its training: a step, a checkpoint, its end."""
+    steps = read_lines(folder / "metrics.jsonl")
+    return bool(steps) or is_finished(folder) or checkpoint.latest(folder / "checkpoints") is not None
+
+
 @contextmanager
 def only_one_process(out: Path) -> Iterator[None]:
     """Hold a study's folder; UserError when another process does. A killed process lets go by itself."""
@@ -100,10 +116,11 @@ def only_one_process(out: Path) -> Iterator[None]:
         lock.release()
 
 
-def check_folder(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The study.json of a folder that holds this very study, {} of a new one; UserError for anything else.
+def check_folder(out: Path, spec: StudySpec, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The study.json of a folder that holds this study, {} of one in which nothing has begun; UserError for anything else.
 
-    identity: `spec` (as JSON), `config_hash`, `quick` and `tune`; they are what makes two studies the same.
+    identity: `spec` (as JSON), `config_hash`, `quick` and `tune`; they are what makes two studies the same. A corrected study is
+    this one, too, where everything that has begun is as it says now: what differs is of runs that are still to begin.
     """
     file = out / "study.json"
     if not file.is_file():
@@ -113,6 +130,9 @@ def check_folder(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"{out} {what}; choose another --out")
         return {}
     there: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    begun = _begun(out, there)
+    if not begun:
+        return {}
     for flag in ("quick", "tune"):
         if there[flag] != identity[flag]:
             was, now = ("with", "without") if there[flag] else ("without", "with")
@@ -121,8 +141,45 @@ def check_folder(out: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
                 "or another --out to start anew"
             )
     if there["config_hash"] != identity["config_hash"]:
-        raise UserError(
-            f"{out} holds another study: {say_differences(there['spec'], identity['spec'])}; set it back to go on with that "
-            "study, or choose another --out to start anew"
-        )
+        _check_correction(out, spec, there, identity, begun)
     return there
+
+
+def _begun(out: Path, there: Mapping[str, Any]) -> dict[str, str]:
+    """What the study of a folder has begun, by folder."""
+    found = {run["folder"]: f"{run['arm']}, seed {run['seed']}" for run in there["runs"] if has_begun(out / run["folder"])}
+    found |= {place: "the untrained model" for place in ("runs/base", "base") if is_finished(out / place)}
+    trials = (out / "tuning").rglob("record.json")
+    return found | ({"tuning": "the search for learning rates"} if any(has_begun(one.parent) for one in trials) else {})
+
+
+def _check_correction(
+    out: Path, spec: StudySpec, there: Mapping[str, Any], identity: Mapping[str, Any], begun: Mapping[str, str]
+) -> None:
+    """UserError unless the study leaves all that has begun in the folder as it is, and a finished one's choice of runs, too."""
+    differ = say_differences(there["spec"], identity["spec"])
+    if there["tune"]:  # every run depends on the search
+        stale = list(begun)
+    else:
+        planned = {run.folder: run for run in study_runs(spec)}
+        runs = {run["folder"]: StudyRun(run["arm"], run["seed"], run["folder"], run["save_weights"]) for run in there["runs"]}
+        old, new = (one["spec"]["shared"] for one in (there, identity))
+        same_base = all(old.get(key) == new.get(key) for key in OF_BASE)
+        same = [run for folder, run in runs.items() if folder in begun and planned.get(folder) == run]
+        kept = {run.folder for run in same if _recipe_is(out / run.folder, spec.recipe(run.arm, run.seed))}
+        stale = [folder for folder in begun if folder not in kept and (folder in runs or not same_base)]
+        if not stale and there.get("status") == "finished" and planned != runs:
+            raise UserError(f"{out} holds a finished study of other runs: {differ}; choose another --out to start anew")
+    if stale:
+        more = f" and {len(stale) - SHOWN} more" if len(stale) > SHOWN else ""
+        what, where = "; ".join(begun[f] for f in stale[:SHOWN]), ", ".join(str(out / f) for f in stale[:SHOWN])
+        raise UserError(
+            f"{out} holds another study: {differ}; begun with what it says there: {what}{more}. Set it back to go on with that "
+            f"study, remove {where}{more} to begin that anew as it says here, or choose another --out to start anew"
+        )
+
+
+def _recipe_is(folder: Path, recipe: Recipe) -> bool:
+    """Whether a run began with that recipe."""
+    file = folder / "recipe.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8"))["hash"] == config_hash(recipe)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from crosstrain.config import StudySpec, config_hash
+from crosstrain.config.differences import say_differences
 from crosstrain.errors import UserError
 from crosstrain.models import resolve_device
 from crosstrain.rewards.child import check_not_in_worker
@@ -55,10 +56,11 @@ def run_study(
     """Train and evaluate every arm with every seed in the folder `out`, and return the path of the report.
 
     The same call again goes on where it was interrupted: finished runs are kept, an unfinished one resumes from its last
-    checkpoint, a failed one is tried again. tune: first search each arm's learning rate on development questions, write
+    checkpoint, a failed one is tried again. A corrected study goes on, too, unless something that has begun would be another now.
+    tune: first search each arm's learning rate on development questions, write
     `out/tuning.json`, and run the study with the rates found. A run that fails is recorded as failed, with its message.
 
-    Raises UserError when the folder holds another study or is in use, or when a setting is wrong; RuntimeError when every
+    Raises UserError when the folder holds runs of another study or is in use, or when a setting is wrong; RuntimeError when every
     run of the first seed failed.
     """
     check_not_in_worker()
@@ -69,9 +71,9 @@ def run_study(
         "quick": quick,
         "tune": tune,
     }
-    check_folder(out, identity)
+    check_folder(out, spec, identity)
     with only_one_process(out):
-        record = check_folder(out, identity)
+        record = check_folder(out, spec, identity)
         work = _Study(spec, out, record, actions or real_actions(), console or Console(stderr=True))
         if work.is_finished():
             return work.actions.write_report(out)
@@ -101,27 +103,41 @@ class _Study:
         return self.record.get("status") == "finished" and not self._pending()
 
     def open(self, identity: Mapping[str, Any]) -> None:
-        """Write study.json, or go on with the one that is there."""
+        """Write study.json, or go on with the one that is there, as the study says now."""
+        seconds: dict[str, float | None] = {}
         if self.record:
             self._warn_of_other_versions()
             self.record["resumed"] += 1
+            seconds = {entry["folder"]: entry["seconds"] for entry in self.record["runs"]}
+            if self.record["config_hash"] != identity["config_hash"]:
+                differ = say_differences(self.record["spec"], identity["spec"])
+                self.say(f"note: {differ}; what has begun is as it was, and the runs to go take what it says here")
         else:
             self.record |= {
-                **identity,
-                "name": self.spec.name,
-                "title": self.spec.title or self.spec.name,
                 "started_at": _now(),
                 "resumed": 0,
                 "versions": versions(),
                 "hardware": hardware(resolve_device(self.spec.shared.device)),
-                "base": "runs/base" if self.spec.base else None,
-                "models_kept": f"of seed {self.spec.seeds[0]} of each arm, in its run's folder model/",
-                "runs": [
-                    {"arm": run.arm, "seed": run.seed, "folder": run.folder, "save_weights": run.save_weights, "seconds": None}
-                    for run in self.runs
-                ],
             }
-        self.record |= {"status": "running", "finished_at": None}
+        self.record |= {
+            **identity,
+            "name": self.spec.name,
+            "title": self.spec.title or self.spec.name,
+            "base": "runs/base" if self.spec.base else None,
+            "models_kept": f"of seed {self.spec.seeds[0]} of each arm, in its run's folder model/",
+            "runs": [
+                {
+                    "arm": run.arm,
+                    "seed": run.seed,
+                    "folder": run.folder,
+                    "save_weights": run.save_weights,
+                    "seconds": seconds.get(run.folder),
+                }
+                for run in self.runs
+            ],
+            "status": "running",
+            "finished_at": None,
+        }
         self._write()
 
     def to_the_end(self, *, quick: bool, tune: bool) -> Path:
