@@ -6,6 +6,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,33 @@ def test_a_finished_run_is_returned_and_another_recipe_refused(world: Path, tmp_
         crosstrain.train(recipe(world, "sft"), tmp_path / "mine")
     with pytest.raises(UserError, match="a run needs a folder"):
         crosstrain.train(recipe(world, "sft"))
+
+
+@pytest.mark.parametrize("changed", ["reward.py", "method.py"])
+def test_a_run_whose_reward_or_method_file_changed_does_not_go_on(
+    world: Path, tmp_path: Path, changed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(world / "reward.py", tmp_path / "reward.py")
+    (tmp_path / "method.py").write_text(
+        "from crosstrain.methods import load_method\n\ndef mine(n: int = 2):\n    return load_method('grpo', num_generations=n)\n"
+    )
+    made = recipe(world, f"{tmp_path}/method.py:mine", rewards=[f"{tmp_path}/reward.py:length"], save={"save_steps": 1})
+
+    def stopping(self: Any, line: dict[str, Any]) -> None:
+        if line["step"] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run._Run, "_keep_best", stopping)
+        crosstrain.train(made, tmp_path / "run")
+    file = tmp_path / changed
+    before = file.read_text()
+    file.write_text(f"{before}\n# better\n")
+    with pytest.raises(UserError, match=rf"{file} has changed since this run began .* put it back, or start anew"):
+        crosstrain.train(made, tmp_path / "run")
+    file.write_text(before)
+    assert crosstrain.train(made, tmp_path / "run").metrics["step"] == 2
+    assert record(tmp_path / "run")["code"].keys() == {str(tmp_path / "reward.py"), str(tmp_path / "method.py")}
 
 
 @pytest.mark.parametrize("lora", [None, {"r": 2}])

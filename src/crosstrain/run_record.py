@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ def setup(recipe: Recipe, ready: Prepared, engine: Engine) -> dict[str, Any]:
         "model": describe_model(recipe.model.name),
         "teacher": None if ready.teacher is None or recipe.teacher is None else describe_model(recipe.teacher.name),
         "weights": _weights(recipe, ready),
+        "code": _code(recipe),
         "parameters": engine.parameters,
         "precision": ready.precision,
         "layout": engine.layout,
@@ -59,6 +61,10 @@ def check_unchanged(folder: Path, record: Mapping[str, Any], found: Mapping[str,
         if before != now:
             name = f", {found[whose]}," if whose in found else ""
             raise _changed(folder, f"the weights of the {whose}{name} have", before, now)
+    for file, now in found["code"].items():
+        before = record.get("code", {}).get(file, now)
+        if before != now:
+            raise _changed(folder, f"{file} has", before, now)
 
 
 def _changed(folder: Path, what: str, before: Any, now: Any) -> UserError:
@@ -76,6 +82,15 @@ def _weights(recipe: Recipe, ready: Prepared) -> dict[str, str | None]:
             found["teacher"] = weights_hash(teacher)
     names = [] if recipe.rewards is None else [spec.name for spec in recipe.rewards.functions]
     return found | {f"reward model {name}": files_hash(name) for name in names if Path(name).expanduser().is_dir()}
+
+
+def _code(recipe: Recipe) -> dict[str, str]:
+    """sha256 of the Python files that methods and rewards come from, as `file.py:name`; what they import is not looked at."""
+    named = [stage.method.name for stage in recipe.stages]
+    named += [] if recipe.rewards is None else [spec.name for spec in recipe.rewards.functions]
+    files = {name.rpartition(":")[0] for name in named}
+    contents = {file: Path(file).expanduser().read_bytes() for file in sorted(files) if file.endswith(".py")}
+    return {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
 
 
 def measured(recipe: Recipe, ready: Prepared, progress: Progress) -> dict[str, Any]:
