@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -20,6 +21,13 @@ settings.register_profile("crosstrain", deadline=None)
 settings.load_profile("crosstrain")
 
 _CACHE = tempfile.TemporaryDirectory(prefix="crosstrain-test-cache-")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, which is not there yet."""
+    monkeypatch.setenv("CROSSTRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

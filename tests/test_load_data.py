@@ -25,6 +25,9 @@ from crosstrain.training.batching import to_batch
 from crosstrain.training.record import read_lines
 from crosstrain.training.score import predicting_states, score
 from crosstrain.types import Example, Group, Source
+from jsonl import write
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 ANSWERS = ["one", "two 2", "three is more", "four", "FOUR ", "it is five and long", "six", "seven or so"]
 
@@ -41,16 +44,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "other.jsonl", [{"prompt": f"o{i}", "completion": f"other {i}"} for i in range(3)])
     write(folder / "prompts.jsonl", [{"prompt": f"p{i}"} for i in range(4)])
     return folder
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CROSSTRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
 def recipe(world: Path, data: Any, **more: Any) -> Recipe:

@@ -27,12 +27,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CROSSTRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
         result: torch.Tensor = model(torch.tensor([[5, 6, 7, 8]])).logits

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,6 +34,9 @@ from crosstrain.testing import save_tiny_model
 from crosstrain.text_server import complete
 from crosstrain.text_teacher import Taught, question, teach
 from crosstrain.training.record import read_lines
+from jsonl import write
+
+pytestmark = pytest.mark.usefixtures("cache")
 
 PROMPTS = [f"say {i}" for i in range(6)]
 GRPO = {"grpo": {"num_generations": 2}}
@@ -126,16 +129,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "chats.jsonl", [{"prompt": [{"role": "user", "content": p}]} for p in PROMPTS])
     write(folder / "told.jsonl", [{"prompt": p, "completion": "old"} for p in PROMPTS])
     return folder
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("CROSSTRAIN_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
 def recipe(
