@@ -20,6 +20,7 @@ from crosstrain.errors import UserError
 from crosstrain.testing import save_tiny_model, tiny_model, tiny_tokenizer
 from crosstrain.training import checkpoint
 from crosstrain.training.record import read_lines
+from tensors import equal
 
 TIMINGS = {"step_time", "cost/seconds", *(f"time/{part}" for part in ("sampling", "reward", "batch", "backward", "optimizer"))}
 
@@ -127,7 +128,7 @@ def test_a_run_whose_teacher_or_reference_changed_under_its_name_does_not_go_on(
     crosstrain.train(content, tmp_path / "run")
     crosstrain.train(content, tmp_path / "anew")
     one, other = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "anew"))
-    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert equal(one, other)
 
 
 def _killed_at_2(self: Any, line: dict[str, Any]) -> None:
@@ -168,7 +169,7 @@ def test_an_average_that_follows_at_once_is_the_policy_and_one_that_never_does_i
     }
 
     def same(one: str, other: str) -> bool:
-        return all(torch.equal(found[one][k], found[other][k]) for k in found[one])
+        return equal(found[one], found[other])
 
     assert same("live", "at once") and same("base", "never")
     assert not same("live", "base") and not same("between", "live") and not same("between", "base")

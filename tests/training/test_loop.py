@@ -28,6 +28,7 @@ from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.probe import product_weights
 from crosstrain.training.score import lay_out
 from crosstrain.types import Batch, Example, Group, Method, Per, Source, Updates
+from tensors import equal
 
 
 class Rows:
@@ -74,7 +75,7 @@ def weights(model: Any) -> dict[str, Tensor]:
 
 
 def unchanged(model: Any, before: dict[str, Tensor]) -> bool:
-    return all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    return equal(dict(model.named_parameters()), before)
 
 
 # --- how many optimizer steps ---------------------------------------------------------------------------------------

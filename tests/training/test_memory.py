@@ -30,6 +30,7 @@ from crosstrain.training.metrics import Meter
 from crosstrain.training.optimizer import Optimizer
 from crosstrain.training.tally import Tally
 from crosstrain.types import ById, Example, Group, Method, Per, Plan, Request, Source, State, Trajectory
+from tensors import equal
 
 STREAM = Stream("train", tuple(Example(f"train:{i}", "", (i + 3, 9)) for i in range(6)), seed=4)
 ORDER = [e.id for e in STREAM.draw(0, 6)[0]]
@@ -281,7 +282,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(name: str, settings: dict[str,
     assert dict(whole.progress.state) == dict(resumed.progress.state)
     assert whole.progress.positions == resumed.progress.positions
     weights = dict(whole.model.named_parameters())
-    assert all(torch.equal(p, weights[n]) for n, p in resumed.model.named_parameters())
+    assert equal(dict(resumed.model.named_parameters()), weights)
 
 
 def test_the_loop_lets_a_method_remember_what_was_collected_before_select() -> None:

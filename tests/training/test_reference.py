@@ -14,6 +14,7 @@ from crosstrain.training.batching import to_batch
 from crosstrain.training.reference import known_reference, reference_column
 from crosstrain.training.score import score
 from crosstrain.types import Example, Group, Source, Trajectory
+from tensors import equal
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def test_a_second_run_reads_what_the_first_computed(cache: Path, monkeypatch: py
 
     monkeypatch.setattr(reference, "trajectory_logps", refuse)
     again = known_reference(model, examples)
-    assert first.keys() == again.keys() and all(torch.equal(first[k], again[k]) for k in first)
+    assert equal(first, again)
     with pytest.raises(AssertionError, match="computed again"):
         known_reference(model, examples[:3])
     theta = model.config.rope_parameters["rope_theta"]
