@@ -216,7 +216,7 @@ def row_of(work: Work, precision: str, ours: Steps, peer: Steps, floor: Steps, s
 
 def _limit(floor: Steps, peer: Steps, *parts: str) -> float:
     """The ratio of a step that takes as long as these parts of ours alone."""
-    least = [sum(line[part] for part in parts) for line in floor.lines]
+    least = [sum(line[part] for part in parts) / line["amount"] for line in floor.lines]
     return statistics.median(b / a for a, b in zip(least, peer.seconds, strict=True))
 
 
