@@ -46,16 +46,20 @@ def has_local_attention(model: Any) -> bool:
 
 
 _FOUND: WeakKeyDictionary[Any, dict[tuple[Any, ...], Any]] = WeakKeyDictionary()
+"""What is kept of a model must not refer to it, which would keep it."""
 
 
 def found_once(find: Callable[[Any], Found], model: Any) -> Found:
-    """`find(model)`, tried again only when the model's dtype, place or attention has changed since.
+    """`find(model)`, tried again only when something that it may depend on has changed since: the model's dtype, place and
+    configuration, its modules, their hooks, or a forward put in the place of theirs.
 
     For what belongs to an architecture and not to its weights: a try takes up to a second, and a run with evaluations would make
     one for each of them.
     """
     parameter = next(model.parameters())
-    key = (find, parameter.dtype, parameter.device, getattr(model.config, "_attn_implementation", None))
+    modules = tuple((id(m), id(m.__dict__.get("forward")), *m._forward_hooks, *m._forward_pre_hooks) for m in model.modules())
+    attention = getattr(model.config, "_attn_implementation", None)
+    key = (find, parameter.dtype, parameter.device, attention, repr(model.config.to_dict()), modules)
     known = _FOUND.setdefault(model, {})
     if key not in known:
         known[key] = find(model)

@@ -279,11 +279,13 @@ def test_greedy_prompts_beside_sampled_ones() -> None:
 
 
 class Watched:
-    """Counts a decoder's forward passes: [rows, columns] of each."""
+    """Counts a decoder's forward passes when sampling: [rows, columns] of each."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, sampler: TorchSampler) -> None:
         self.shapes: list[tuple[int, int]] = []
-        model.get_decoder().register_forward_pre_hook(self.see, with_kwargs=True)
+        sampler.model.get_decoder().register_forward_pre_hook(self.see, with_kwargs=True)
+        assert sampler.path == "cached"  # which is tried again with the hook
+        self.shapes.clear()
 
     def see(self, module: Any, args: Any, kwargs: Any) -> None:
         self.shapes.append(tuple(kwargs["input_ids"].shape))
@@ -293,8 +295,7 @@ class Watched:
 def test_a_prompt_is_prefilled_once_for_its_group_texts_are_decoded_once_and_finished_ones_leave(temperature: float) -> None:
     model = tiny_model()
     sampler = TorchSampler(model, stop_token_ids=tuple(range(2, 12)))  # a sixth of the vocabulary ends a row
-    assert sampler.path == "cached"
-    watched = Watched(model)
+    watched = Watched(sampler)
     prompts = mixed_prompts(5, n=8)
     found = sampler.sample(prompts, Sampling(temperature=temperature, max_completion_length=30), seed=0, step=0)
     prefills, steps = [s for s in watched.shapes if s[1] > 1], [rows for rows, columns in watched.shapes if columns == 1]
@@ -318,8 +319,7 @@ def test_waiting_prompts_come_in_when_few_lines_run(monkeypatch: pytest.MonkeyPa
     for enough in (1, 64):
         monkeypatch.setattr(decode, "ENOUGH_LINES", enough)
         sampler = TorchSampler(model, stop_token_ids=tuple(range(2, 12)), token_budget=4 * (3 + 20))
-        assert sampler.path == "cached"
-        watched = Watched(model)
+        watched = Watched(sampler)
         found.append(sampler.sample(prompts, Sampling(max_completion_length=20), seed=0, step=0))
         steps = [rows for rows, columns in watched.shapes if columns == 1]
         most[enough] = sum(1 for s in steps if s == 1)
@@ -330,8 +330,7 @@ def test_waiting_prompts_come_in_when_few_lines_run(monkeypatch: pytest.MonkeyPa
 def test_what_all_prompts_start_with_is_computed_once() -> None:
     model = tiny_model()
     sampler = TorchSampler(model, stop_token_ids=STOPS)
-    assert sampler.path == "cached"
-    watched = Watched(model)
+    watched = Watched(sampler)
     prompts = [Prompt((*range(10, 30), 31 + i), 2, f"p{i}") for i in range(6)]
     sampler.sample(prompts, Sampling(max_completion_length=2), seed=0, step=0)
     assert watched.shapes[:2] == [(1, 20), (6, 1)]
@@ -343,8 +342,7 @@ def test_waiting_rows_replace_finished_ones_within_the_budget(start: tuple[int, 
     prompts = [replace(p, tokens=(*start, *p.tokens[len(start) :])) for p in mixed_prompts(30, n=2)]
     sampling = Sampling(max_completion_length=20)
     sampler = TorchSampler(model, stop_token_ids=tuple(range(2, 12)), token_budget=500)
-    assert sampler.path == "cached"
-    watched, held = Watched(model), []
+    watched, held = Watched(sampler), []
     merge = decode.merge
 
     def merge_and_note(*args: Any, **kwargs: Any) -> Any:

@@ -376,6 +376,8 @@ def choose_layout(model: Any) -> Layout:
             plain = score(model, one, layout="plain").logp
             shared = score(model, one, layout="shared").logp
             changed = score(model, other, layout="shared").logp
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError):
         return "plain"  # the architecture refuses a custom mask or positions: the plain path needs neither
     finally:
