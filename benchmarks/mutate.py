@@ -251,6 +251,7 @@ def exchange(code: CodeType) -> bool:
         waiting += inner
         new |= {(c.co_qualname, c.co_firstlineno): c for c in inner}
     differs = False
+    gc.unfreeze()  # tests/conftest.py freezes what imports left, and what is frozen is not listed
     for function in [o for o in gc.get_objects() if isinstance(o, FunctionType) and o.__code__.co_filename == code.co_filename]:
         wanted = new.get((function.__code__.co_qualname, function.__code__.co_firstlineno))
         if wanted is not None and wanted.co_freevars == function.__code__.co_freevars:
@@ -321,6 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the mutants and stop")
     given = parser.parse_args(argv)
     done: list[Mutant] = []
+    unseen: list[str] = []
     earlier = json.loads(given.survivors.read_text()) if given.survivors else []
     left = {(m["file"], m["kind"], m["before"], m["after"]) for m in earlier if m["outcome"] == "survived"}
     for file in given.files:
@@ -331,14 +333,20 @@ def main(argv: list[str] | None = None) -> int:
             for one, _ in wanted:
                 print(_line(one))
         elif wanted:
-            done += _tried(
-                file, wanted, given.timeout, [*tests_for(file, own=given.own), *([CONTRACT] if given.contract else [])]
-            )
+            tests = [*tests_for(file, own=given.own), *([CONTRACT] if given.contract else [])]
+            found = _tried(file, wanted, given.timeout, tests)
+            done += found
+            if all(m.outcome == "untried" for m in found):
+                unseen.append(f"{_name(file)}: none of its {len(wanted)} mutants was tried")
             if given.out:
                 given.out.write_text(json.dumps([asdict(m) for m in done], indent=1))
     if done:
         _table(done)
-    return 0
+    for line in unseen:
+        print(
+            f"error: {line}: its tests fail as they are (see above), or `exchange` found no function to change", file=sys.stderr
+        )
+    return 1 if unseen else 0
 
 
 def _tried(file: Path, wanted: Sequence[tuple[Mutant, CodeType]], timeout_s: float, tests: Sequence[str]) -> list[Mutant]:
