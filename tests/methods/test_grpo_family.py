@@ -184,6 +184,11 @@ def test_corrections_of_the_samplers_probabilities_by_hand(settings: dict[str, o
     torch.testing.assert_close(weights_of(method, once, LOGP).weights, found.weights)  # one update: old is the current policy
 
 
+def test_a_correction_asks_for_what_the_sampler_said() -> None:
+    plain, corrected = load_method("grpo", beta=0.0), load_method("grpo", beta=0.0, off_policy_correction="truncate")
+    assert plain.needs == {"old_logp"} and corrected.needs == {"old_logp", "behaviour_logp"}
+
+
 def test_dual_clip_bounds_a_wrong_answers_loss_by_hand() -> None:
     """The wrong answer's ratio is 4: its loss is 3 A in place of 4 A, and its gradient stops."""
     ratios = tensor([[1.0, 1.0, 1.0], [4.0, 1.0, 1.0]])

@@ -32,6 +32,14 @@ def test_hpt_by_hand() -> None:
     torch.testing.assert_close(found.weights, expected)
 
 
+def test_how_much_imitation_counts_is_a_setting() -> None:
+    """The failed group alone: a quarter of 2 ln 2, and of 1/3 per token."""
+    method = load_method("hpt", sft_coef=0.25)
+    found = weights_of(method, prepared(method, [FAILED]), -LN2 * torch.tensor([[1.0, 2.0, 3.0]]))
+    assert found.logged == pytest.approx(LN2 / 2)
+    torch.testing.assert_close(found.weights, torch.full((1, 3), 1 / 12, dtype=torch.float64))
+
+
 def hpt_paper(groups: list[list[Line]]) -> Tensor:
     """arXiv:2509.04419: a demonstration where the gate fired, Dr. GRPO's advantage elsewhere; each group counts once."""
     losses = []

@@ -201,6 +201,11 @@ def test_uft_by_hand() -> None:
     assert found.logged == pytest.approx((-2 * A + A) / 3 + 0.1 + 0.2 * (LN2 - 1 / 2))
 
 
+def test_uft_has_the_terms_that_count() -> None:
+    for settings, terms in (({}, ["rl", "hint", "kl"]), ({"hint_coef": 0.0}, ["rl", "kl"]), ({"beta": 0.0}, ["rl", "hint"])):
+        assert [t.name for t in load_method("uft", **settings).terms] == terms
+
+
 def test_ufts_hints_are_binomial_parts_of_the_demonstration_and_end() -> None:
     method = load_method("uft", hint_steps=100)
     plan, state = method.plan, dict(method.init())

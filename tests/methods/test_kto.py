@@ -67,6 +67,17 @@ def test_apo_zero_by_hand() -> None:
     torch.testing.assert_close(found.weights, of([[9 / 200, 9 / 200], [-3 / 32, 0]]))
 
 
+def test_answers_to_one_prompt_count_as_those_to_two() -> None:
+    method = load_method("apo_zero_unpaired", beta=1.0)
+    together = prepared(method, [group(answer("EE", 1.0), answer("E", 0.0))], ref_logp=of([[-2, -2], [-2, 0]]))
+    torch.testing.assert_close(weights_of(method, together, LOGP).weights, weights_of(method, two(method, 0.0), LOGP).weights)
+
+
+def test_the_point_is_asked_for_by_kto_alone() -> None:
+    assert load_method("kto").needs == {"ref_logp", "reference_point"}
+    assert load_method("apo_zero_unpaired").needs == {"ref_logp"}
+
+
 def test_with_a_point_of_0_kto_is_apo_zero() -> None:
     one, other = load_method("kto", beta=0.7), load_method("apo_zero_unpaired", beta=0.7)
     torch.testing.assert_close(weights_of(one, two(one, 0.0), LOGP).weights, weights_of(other, two(other, 0.0), LOGP).weights)

@@ -649,6 +649,9 @@ def test_srl_needs_no_verifier_and_drops_groups_that_are_all_about_as_good() -> 
     close = group(answer("O", 0.5), answer("O", 0.6), answer("O", 0.55))
     apart = group(answer("O", 0.5), answer("O", 0.9))
     assert method.select(close, {}) is None and method.select(apart, {}) == apart
+    assert method.select(group(answer("O", 0.5), answer("O")), {}) is None, "one reward has no spread"
+    equal = group(answer("O", 0.5), answer("O", 0.5))
+    assert load_method("srl", min_reward_std=0.0).select(equal, {}) is None, "its spread has to be above 0"
     assert method.plan.max_draws == 10 and method.plan.needs_expert == "demonstration"
 
 

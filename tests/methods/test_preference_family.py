@@ -63,6 +63,11 @@ def test_cpo_by_hand() -> None:
     torch.testing.assert_close(outcome.weights, of([[32 / 33 + 1 / 3] * 3, [-32 / 33, 0, 0]]))
 
 
+def test_cpo_without_likelihood_has_its_preference_term_alone() -> None:
+    assert [t.name for t in load_method("cpo", nll_coef=0.0).terms] == ["cpo"]
+    assert [t.name for t in load_method("cpo").terms] == ["cpo", "chosen"]
+
+
 def test_orpo_by_hand() -> None:
     """Mean probabilities 1/4 and 1/2: odds 1/3 and 1, sigmoid(ln 1/3) = 1/4. Loss 2 ln 2 + beta ln 4."""
     outcome = found("orpo", beta=0.5)

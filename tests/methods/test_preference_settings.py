@@ -119,6 +119,22 @@ def test_the_prompt_of_the_better_answer_alone_is_imitated() -> None:
     assert batch.prompt_length.tolist() == [1, 1, 1, 1]
 
 
+def test_the_better_answer_is_the_one_of_greater_reward_wherever_it_stands() -> None:
+    """An answer without a reward is never it."""
+    for rewards in ((0.0, 1.0), (None, 0.0)):
+        said = tuple(Trajectory((1, 5, 7), (Source.PROMPT, Source.PROMPT, Source.EXPERT), reward) for reward in rewards)
+        first, second = load_method("orpo", **WITH).plan.start(Example("train:0", "", (1, 5), said), {})
+        assert [int(s) for s in first.source] == [0, 0, 1] and [int(s) for s in second.source] == [0, 1, 1]
+
+
+def test_without_the_prompt_an_answer_may_begin_before_the_other() -> None:
+    """Means -2 ln 2 and -ln 2, as in ORPO by hand: odds 1/3 and 1. The rejected answer's first token is somebody else's."""
+    method = load_method("orpo", beta=0.5)
+    logp = -LN2 * of([[2, 2], [0, 1]])
+    found = weights_of(method, prepared(method, [group(answer("EE", 1.0), answer("PE", 0.0))]), logp)
+    torch.testing.assert_close(found.weights, of([[1 / 2 + 1 / 4, 1 / 2 + 1 / 4], [0, -3 / 4]]))
+
+
 def test_with_a_prompt_of_one_token_there_is_nothing_more_to_predict() -> None:
     groups = [pair_of(i, (1,), (7,) * (i + 1), (9,) * (3 - i), **WITH) for i in range(3)]
     plain, whole = load_method("orpo", beta=0.5), load_method("orpo", **WITH)

@@ -45,6 +45,8 @@ def test_named_settings_of_grpo_record_their_own_name_and_settings() -> None:
     [
         ("asft", {}, "anchor", "KL(ref || pi) over the vocabulary"),
         ("asft", {"direction": "reverse"}, "anchor", "KL(pi || ref) over the vocabulary"),
+        ("grpo", {}, "rl", "max(-A r, -A clip(r)), r = pi / old"),
+        ("grpo", {"off_policy_correction": "mask"}, "rl", "max(-A r, -A clip(r)), r = pi / old, times w"),
         ("ipo", {}, "ipo", "(d_chosen - d_rejected - 5)^2, d = sum of log pi - log ref"),
         ("ipo", {"average": True}, "ipo", "(d_chosen - d_rejected - 5)^2, d = mean of log pi - log ref"),
         ("ppo", {}, "value", "max((V - R)^2, (clip(V) - R)^2) / 2"),

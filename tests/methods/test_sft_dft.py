@@ -34,6 +34,12 @@ def test_sft_by_hand() -> None:
     torch.testing.assert_close(found.weights, torch.tensor([[1 / 6, 1 / 6, 1 / 6], [1 / 2, 0, 0]], dtype=torch.float64))
 
 
+def test_demonstrations_of_one_prompt_count_as_those_of_two() -> None:
+    method = load_method("sft", average="sequences")
+    one, two = (weights_of(method, prepared(method, g), LOGP) for g in ([group(answer("EEE"), answer("E"))], DEMONSTRATIONS))
+    torch.testing.assert_close(one.weights, two.weights)
+
+
 def test_dft_by_hand() -> None:
     """-p log p is (1/2, 2/4, 3/8 and 1/2) ln 2, together 15/8 ln 2, over four tokens. A token's weight is p / 4."""
     method = load_method("dft")

@@ -168,6 +168,32 @@ def test_ift_by_hand() -> None:
     torch.testing.assert_close(found.weights, of([[first / 22, second / 22, third / 22], [0.5, 0, 0]]))
 
 
+def test_demonstrations_of_one_prompt_count_as_those_of_two() -> None:
+    method = load_method("ift", mix=0.0, gamma=0.5)
+    one, two = (weights_of(method, prepared(method, g), LOGP) for g in ([group(answer("EEE"), answer("E"))], DEMONSTRATIONS))
+    torch.testing.assert_close(one.weights, two.weights)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_an_own_answer_beside_a_demonstration_gets_nothing(gamma: float) -> None:
+    """Its row has no loss to share out. The demonstration of one token has weight 1."""
+    method = load_method("ift", mix=0.0, gamma=gamma)
+    found = weights_of(method, prepared(method, [group(answer("E"), answer("OO"))]), LOGP[:, :2])
+    torch.testing.assert_close(found.weights, of([[1, 0], [0, 0]]))
+
+
+def test_a_demonstration_that_is_sure_already_has_no_weight() -> None:
+    """Losses of 0 are weights of 0, whose sum nothing can be divided by; the other demonstration has its own."""
+    method = load_method("ift", mix=0.0)
+    found = weights_of(method, prepared(method, DEMONSTRATIONS), of([[0, 0, 0], [-1, 0, 0]]))
+    assert found.logged == pytest.approx(1 / 2)
+    torch.testing.assert_close(found.weights, of([[0, 0, 0], [0.5, 0, 0]]))
+
+
+def test_the_policys_words_are_asked_for_where_they_are_mixed_in() -> None:
+    assert load_method("ift").needs == {GREEDY} and not load_method("ift", mix=0.0).needs
+
+
 def test_without_discount_ift_is_sft_by_sequences() -> None:
     method, sft = load_method("ift", mix=0.0, gamma=0.0), load_method("sft", average="sequences")
     groups = random_groups(2, demonstration=True)

@@ -44,6 +44,7 @@ def test_psft_with_one_update_is_sft() -> None:
         ({"temperature": 2.0}, [[16, 16], [4, 0]]),
         ({"highest": 3.0}, [[3, 3], [2, 0]]),
         ({"weight": "token"}, [[1.8, 1.8], [1.8, 0]]),
+        ({"weight": "token", "temperature": 0.5}, [[math.sqrt(2), math.sqrt(2)], [math.sqrt(2), 0]]),
     ],
 )
 def test_iw_sft_by_hand(settings: dict[str, object], expected: list[list[float]]) -> None:
@@ -52,6 +53,17 @@ def test_iw_sft_by_hand(settings: dict[str, object], expected: list[list[float]]
     found = weights_of(method, prepared(method, DEMONSTRATIONS, ref_logp=LOGP - LN2), LOGP)
     torch.testing.assert_close(found.weights, of(expected) / 3)
     assert found.logged == pytest.approx(sum(map(sum, expected)) / 3)  # -w log pi with log pi = -1
+
+
+def test_an_own_answer_beside_a_demonstration_gets_nothing() -> None:
+    method = load_method("iw_sft", weight="mean")
+    found = weights_of(method, prepared(method, [group(answer("EE"), answer("O"))], ref_logp=LOGP - LN2), LOGP)
+    torch.testing.assert_close(found.weights, of([[1, 1], [0, 0]]))
+
+
+@pytest.mark.parametrize(("weight", "bounds"), [("token", "from 0.2 to 1.8"), ("mean", "at most 16")])
+def test_iw_sfts_bounds_are_named(weight: str, bounds: str) -> None:
+    assert f") {bounds}, d = log pi - log ref" in load_method("iw_sft", weight=weight).terms[0].slots["denominator"]
 
 
 def test_iw_sft_starts_as_sft() -> None:

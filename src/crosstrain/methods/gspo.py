@@ -86,7 +86,7 @@ def geometric_mean_loss(epsilon: float) -> Value:
     """-A rho shared out over the tokens of each sequence, [B, T], whatever is cut."""
 
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-        log_den = clipped_sequence(epsilon, epsilon)(scores.logp.detach(), batch, on)
-        return -batch.advantage * (scores.logp.detach() - log_den).exp() * seq_mean(on, batch)
+        log_den = clipped_sequence(epsilon, epsilon)(scores.logp, batch, on)
+        return -batch.advantage * (scores.logp - log_den).exp() * seq_mean(on, batch)
 
     return value

@@ -49,9 +49,9 @@ def ift(mix: float = 0.2, gamma: float = 0.95) -> Method:
         raise ValueError(f"got mix={mix}, gamma={gamma}; both must be from 0 to 1")
 
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-        loss = torch.where(on, -scores.logp, torch.zeros_like(scores.logp))
+        loss = -scores.logp
         if gamma == 0:
-            return loss / on.sum(dim=1, keepdim=True).clamp(min=1)
+            return loss / on.sum(dim=1, keepdim=True)
         follows = torch.where(on, discounted(loss, gamma), torch.zeros_like(loss))
         return follows * loss / follows.sum(dim=1, keepdim=True).clamp(min=torch.finfo(loss.dtype).tiny)
 
@@ -60,8 +60,8 @@ def ift(mix: float = 0.2, gamma: float = 0.95) -> Method:
         if GREEDY not in batch.columns:
             return written
         own = batch.written_by(Source.EXPERT)
-        said = torch.where(own, batch.columns[GREEDY].nan_to_num().long(), batch.tokens)
-        return torch.where(own[..., None], (1 - mix) * written + mix * table(said), written)
+        said = table(batch.columns[GREEDY].nan_to_num().long())
+        return torch.where(own[..., None], (1 - mix) * written + mix * said, written)
 
     def greedy(look: Look, batch: Batch) -> Tensor:
         return look(batch, channels={GREEDY: most_likely}).channels[GREEDY].to(torch.float32)

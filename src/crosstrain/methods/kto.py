@@ -95,7 +95,7 @@ def _unpaired(name: str, beta: float, desirable_weight: float, undesirable_weigh
 
 def _utility(beta: float, desirable_weight: float, undesirable_weight: float, point: bool) -> Value:
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-        moved = _moved(scores.logp, batch.columns["ref_logp"], on)
+        moved = (scores.logp - batch.columns["ref_logp"]).sum(dim=1)
         gain = beta * (moved - batch.columns[POINT].to(moved)) if point else beta * moved
         good = batch.reward > 0
         # 1 - sigmoid(x) is sigmoid(-x), which keeps its digits where it is small
@@ -107,7 +107,7 @@ def _utility(beta: float, desirable_weight: float, undesirable_weight: float, po
 def reference_point(look: Look, batch: Batch) -> Tensor:
     """[B]: max(0, mean of d over the answers of `mismatched`), the same in every row."""
     other = mismatched(batch)
-    moved = _moved(look(other).logp, look(other, of="reference").logp, other.trained)
+    moved = (look(other).logp - look(other, of="reference").logp).sum(dim=1)  # both are 0 where nothing is trained
     # in fp64 and in the order of ids, so that no order of rows shows in the last digit
     mean = float(moved.double().cpu().mean())
     return torch.full_like(batch.reward, max(mean, 0.0))
@@ -167,8 +167,3 @@ def mismatched(batch: Batch) -> Batch:
         prompt_length=torch.tensor([starts[r] for r in order], device=told.device),
         length=torch.tensor([len(t) for t, _ in made], device=told.device),
     )
-
-
-def _moved(logp: Tensor, reference: Tensor, on: Tensor) -> Tensor:
-    """[B]: how far each answer's log-prob is from the reference's."""
-    return torch.where(on, logp - reference, torch.zeros_like(logp)).sum(dim=1)

@@ -105,7 +105,7 @@ def least_sure(entropy: Tensor, inside: Tensor, share: float) -> Tensor:
     place = torch.empty_like(ranked).scatter_(1, ranked, torch.arange(ranked.shape[1], device=ranked.device).expand_as(ranked))
     n = inside.sum(dim=1, keepdim=True)
     wanted = (n * share).round().clamp(min=1).minimum(n)
-    return (inside & (place < wanted)).to(entropy.dtype)
+    return (place < wanted).to(entropy.dtype)
 
 
 def importance(state: State, history: float) -> dict[str, float]:

@@ -50,8 +50,7 @@ def token_cleaning(share: float = 0.6, scope: Literal["step", "sequence"] = "ste
         return highest(score, on, share, each_row=scope == "sequence").to(batch.reward.dtype)
 
     def kept(batch: Batch) -> Tensor:
-        on = batch.written_by(Source.EXPERT)
-        return on & (batch.columns[KEPT] > 0) if KEPT in batch.columns else on
+        return batch.columns[KEPT] > 0 if KEPT in batch.columns else batch.written_by(Source.EXPERT)
 
     term = replace(
         nll("demo", on=kept, per=Per(("own_tokens",)), describe="-log pi on kept tokens"), needs=frozenset({"ref_logp", KEPT})

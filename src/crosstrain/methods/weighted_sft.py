@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from crosstrain.methods.plans import demonstrations
@@ -74,8 +73,8 @@ def iw_sft(
     den = _reweighted(weight, temperature, highest)
 
     def published(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-        logp = scores.logp.detach()
-        return -(logp - den(logp, batch, on)).exp() * scores.logp
+        logp = scores.logp
+        return -(logp - den(logp, batch, on)).exp() * logp
 
     term = surrogate(
         "demo",
@@ -98,13 +97,13 @@ def _reweighted(weight: str, temperature: float, highest: float) -> Denominator:
 
     @says(f"pi / w, with w = exp({temperature:g} times {of}) {bounds}, d = log pi - log ref")
     def log_den(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
-        d = torch.where(on, logp.detach() - batch.columns["ref_logp"], torch.zeros_like(logp))
+        d = logp - batch.columns["ref_logp"]
         if weight == "token":
             log_w = (temperature * d).clamp(math.log(0.2), math.log(1.8))
         else:
             total = d.sum(dim=1, keepdim=True)
-            mean = total / on.sum(dim=1, keepdim=True).clamp(min=1)
+            mean = total / on.sum(dim=1, keepdim=True)
             log_w = (temperature * (total if weight == "sequence" else mean)).clamp(max=math.log(highest))
-        return logp.detach() - log_w
+        return logp - log_w
 
     return log_den
