@@ -59,6 +59,8 @@ def cpo(beta: float = 0.1, nll_coef: float = 1.0) -> Method:
     authors' code.
     """
     _positive(beta=beta)
+    if nll_coef < 0:
+        raise ValueError(f"nll_coef: got {nll_coef}; it must be 0 or positive")
 
     def loss(chosen: Tensor, rejected: Tensor) -> Tensor:
         return -F.logsigmoid(beta * (chosen - rejected))
