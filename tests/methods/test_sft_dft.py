@@ -40,6 +40,12 @@ def test_demonstrations_of_one_prompt_count_as_those_of_two() -> None:
     torch.testing.assert_close(one.weights, two.weights)
 
 
+def test_plain_sft_reads_no_distribution_and_leaves_the_inputs_alone() -> None:
+    plain, smooth, noisy = (load_method("sft", **s) for s in ({}, {"label_smoothing": 0.1}, {"neftune_noise_alpha": 5.0}))
+    assert not plain.channels and smooth.channels.keys() == {"uniform_nll"} == smooth.needs
+    assert plain.embed is None and noisy.embed is not None
+
+
 def test_dft_by_hand() -> None:
     """-p log p is (1/2, 2/4, 3/8 and 1/2) ln 2, together 15/8 ln 2, over four tokens. A token's weight is p / 4."""
     method = load_method("dft")
