@@ -109,6 +109,16 @@ def test_what_a_run_has_to_bring() -> None:
     assert [load_method("gkd", lmbda=share).plan.samples for share in (0.0, 0.5)] == [False, True]
 
 
+def test_sdft_compares_the_hundred_likeliest_tokens_unless_told() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, others = torch.randn(2, 3, 120, generator=generator)
+    said = []
+    for settings in ({}, {"distillation_topk": 100}, {"distillation_topk": 120}):
+        [comparison] = load_method("sdft", distillation_mode="topk_logits", **settings).comparisons.values()
+        said.append(comparison.divergence(logits, others, torch.zeros(3, dtype=torch.long)))
+    assert torch.equal(said[0], said[1]) and not torch.equal(said[0], said[2])
+
+
 def test_sdfts_average_goes_a_hundredth_of_the_way_unless_told_and_there_is_none_of_other_teachers() -> None:
     assert [load_method("sdft").average, load_method("sdft", teacher_update_rate=0.05).average] == [0.01, 0.05]
     assert [load_method("sdft", teacher_model_kind=kind).average for kind in ("base", "live")] == [None, None]

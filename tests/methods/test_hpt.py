@@ -40,6 +40,14 @@ def test_how_much_imitation_counts_is_a_setting() -> None:
     torch.testing.assert_close(found.weights, torch.full((1, 3), 1 / 12, dtype=torch.float64))
 
 
+def test_demonstrations_of_one_prompt_are_averaged_over_their_tokens() -> None:
+    """Three tokens and one: 1/4 each."""
+    method = load_method("hpt")
+    failed = group(answer("EEE", 1.0), answer("E", 1.0), answer("O", 0.0), answer("O", 0.0))
+    found = weights_of(method, prepared(method, [failed]), torch.full((2, 3), -1.0))
+    torch.testing.assert_close(found.weights, torch.tensor([[1 / 4] * 3, [1 / 4, 0, 0]], dtype=torch.float64))
+
+
 def hpt_paper(groups: list[list[Line]]) -> Tensor:
     """arXiv:2509.04419: a demonstration where the gate fired, Dr. GRPO's advantage elsewhere; each group counts once."""
     losses = []

@@ -123,6 +123,13 @@ def test_superrl_by_hand() -> None:
     torch.testing.assert_close(found.weights, of([[1 / 4, 1 / 4], [A / 4, 0], [-A / 4, 0]]))
 
 
+def test_superrl_averages_a_prompts_demonstrations_over_their_tokens() -> None:
+    """Two tokens and one: 1/3 each."""
+    method, own = load_method("superrl"), FAILED.by(Source.POLICY)
+    found = weights_of(method, prepared(method, [group(answer("EE", 1.0), answer("E", 1.0), *own)]), torch.full((2, 2), -1.0))
+    torch.testing.assert_close(found.weights, of([[1 / 3, 1 / 3], [1 / 3, 0]]))
+
+
 def superrl_paper(groups: list[list[Line]]) -> Tensor:
     """arXiv:2506.01096: per instance one of the two losses; each a mean over the tokens of its group."""
     losses = []

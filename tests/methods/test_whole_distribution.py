@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -118,10 +119,13 @@ def test_noise_is_uniform_within_its_bound_on_real_tokens_alone_and_keyed() -> N
         n = int(batch.length[r])
         bound = 5.0 / math.sqrt(n * 24)
         assert 0.8 * bound < float(noise[r, :n].abs().max()) <= bound and not bool(noise[r, n:].any())
+        assert float(noise[r, :n].mean()) == pytest.approx(0.0, abs=0.2 * bound), "as often up as down"
     assert torch.equal(method.embed(still, batch), noise)
     order = torch.arange(len(batch) - 1, -1, -1)
     assert torch.equal(method.embed(still[order], batch.rows(order)), noise[order])
-    assert not torch.equal(method.embed(still, batch.__class__(**{**batch.__dict__, "step": 1})), noise)
+    assert not torch.equal(method.embed(still, replace(batch, step=1)), noise)
+    first = batch.rows(torch.tensor([0]))
+    assert len({float(method.embed(still[:1], replace(first, step=s))[0, 0, 0]) for s in range(200)}) == 200
     plain = gradient(load_method("sft"), model, batch)
     assert any(not torch.allclose(g, plain[name]) for name, g in gradient(method, model, batch).items())
 

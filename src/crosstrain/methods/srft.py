@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import torch
 from torch import Tensor
 
 from crosstrain.methods.nft import own
@@ -53,13 +52,10 @@ def srft(num_generations: int = 8, sft_coef: float = 0.5, positive_coef: float =
     per, entropy = Per(("own_tokens",)), frozenset({"entropy"})
     expert = by(Source.EXPERT)
 
-    def published(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-        return -batch.advantage * scores.logp.exp()
-
     return Method(
         terms=(
             Term("demo", _by_entropy(-1.0), expert, per, sft_coef, "sequence", entropy, describe="-exp(-H) log pi"),
-            surrogate("demo_rl", on=expert, per=per, denominator=one, logged=published, describe="-A p"),
+            surrogate("demo_rl", on=expert, per=per, denominator=one, describe="-A p"),
             Term(
                 "right", _by_entropy(1.0), own(right=True), per, positive_coef, "sequence", entropy, describe="-exp(H) log pi"
             ),
@@ -72,8 +68,7 @@ def srft(num_generations: int = 8, sft_coef: float = 0.5, positive_coef: float =
 
 def _by_entropy(sign: float) -> Value:
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
-        entropy = torch.where(on, scores.channels["entropy"].detach(), torch.zeros_like(scores.logp))
-        mean = entropy.sum(dim=1, keepdim=True) / on.sum(dim=1, keepdim=True).clamp(min=1)
+        mean = scores.channels["entropy"].detach().sum(dim=1, keepdim=True) / on.sum(dim=1, keepdim=True)
         return -(sign * mean).exp() * scores.logp
 
     return value
