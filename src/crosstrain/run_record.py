@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from crosstrain.config import Recipe, config_hash
 from crosstrain.data import template_hash
 from crosstrain.errors import UserError
 from crosstrain.models import describe_model
+from crosstrain.own_code import code_of
 from crosstrain.prepare import Prepared
 from crosstrain.rewards.model import files_hash
 from crosstrain.served import why_not
@@ -31,7 +31,7 @@ def setup(recipe: Recipe, ready: Prepared, engine: Engine) -> dict[str, Any]:
         "model": describe_model(recipe.model.name),
         "teacher": None if ready.teacher is None or recipe.teacher is None else describe_model(recipe.teacher.name),
         "weights": _weights(recipe, ready),
-        "code": _code(recipe),
+        "code": code_of(recipe),
         "parameters": engine.parameters,
         "precision": ready.precision,
         "layout": engine.layout,
@@ -82,15 +82,6 @@ def _weights(recipe: Recipe, ready: Prepared) -> dict[str, str | None]:
             found["teacher"] = weights_hash(teacher)
     names = [] if recipe.rewards is None else [spec.name for spec in recipe.rewards.functions]
     return found | {f"reward model {name}": files_hash(name) for name in names if Path(name).expanduser().is_dir()}
-
-
-def _code(recipe: Recipe) -> dict[str, str]:
-    """sha256 of the Python files that methods and rewards come from, as `file.py:name`; what they import is not looked at."""
-    named = [stage.method.name for stage in recipe.stages]
-    named += [] if recipe.rewards is None else [spec.name for spec in recipe.rewards.functions]
-    files = {name.rpartition(":")[0] for name in named}
-    contents = {file: Path(file).expanduser().read_bytes() for file in sorted(files) if file.endswith(".py")}
-    return {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
 
 
 def measured(recipe: Recipe, ready: Prepared, progress: Progress) -> dict[str, Any]:
