@@ -276,3 +276,14 @@ def test_an_arm_that_got_better_is_not_said_to_have_forgotten(
             measure["arms"] = {n: {**measure["arms"][n], "mean": c} for n, c in zip(("sft", "grpo"), changes, strict=True)}
     [line] = [point for point in _key_points(changed) if point.startswith("What it forgot")]
     assert expected in line
+
+
+def test_corrections_of_a_started_study_are_on_the_page(tmp_path: Path) -> None:
+    write_study(tmp_path, seeds=(0,))
+    file = tmp_path / "study.json"
+    changed = {"setting": "title", "before": "", "after": HOSTILE}
+    correction = {"at": "2026-01-01T00:00:00+00:00", "differences": [changed], "finished": ["runs/sft/seed-0"]}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "corrections": [correction]}))
+    page = Page(write_report(tmp_path).read_text())
+    assert "Corrected" in page.words and correction["at"] in page.words
+    assert f"title from '' to {HOSTILE!r}; runs finished before: 1" in page.words

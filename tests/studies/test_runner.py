@@ -24,6 +24,7 @@ from crosstrain.config import Recipe, StudySpec, config_hash, load_study
 from crosstrain.config.differences import differences
 from crosstrain.errors import UserError
 from crosstrain.methods import load_method
+from crosstrain.own_code import code_of
 from crosstrain.run_folder import open_folder
 from crosstrain.studies.attempt import attempt
 from crosstrain.studies.budget import check_can_be_equal
@@ -339,12 +340,147 @@ def test_runs_that_began_with_another_recipe_are_named_and_can_be_begun_anew(tmp
     again = Fakes()
     run(tmp_path, again, with_rate(1e-6, seeds=[0]))
     assert again.names() == ["sft-to-grpo/seed-0"]
-    # what the untrained model was asked is no matter of one run
+
+
+def only_base(out: Path) -> None:
+    """A study that was stopped once the untrained model was evaluated."""
+
+    def stops(recipe: Recipe, step: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(out, Fakes(before_step=stops))
+
+
+def test_what_the_untrained_model_was_asked_is_no_matter_of_one_run(tmp_path: Path) -> None:
+    only_base(tmp_path)
     changed = {**STUDY["shared"], "evaluation": {**STUDY["shared"]["evaluation"], "samples_per_question": 16}}
-    shutil.rmtree(tmp_path / "runs/sft")
-    shutil.rmtree(folder)
     with pytest.raises(UserError, match=r"begun with what it says there: the untrained model\. .* remove .*/runs/base to"):
-        run(tmp_path, Fakes(), with_rate(1e-6, seeds=[0], shared=changed))
+        run(tmp_path, Fakes(), small_study(shared=changed))
+    with pytest.raises(UserError, match=r"use the same flags to go on with it, remove \S+/runs/base or choose another --out"):
+        run(tmp_path, Fakes(), quick=True)
+    shutil.rmtree(tmp_path / "runs/base")
+    run(tmp_path, Fakes(), quick=True)
+
+
+def never_finished(out: Path) -> None:
+    """Make a finished study one that was interrupted just before its end."""
+    record = {key: value for key, value in study_json(out).items() if key != "budget"}
+    (out / "study.json").write_text(json.dumps({**record, "status": "running"}))
+
+
+def test_runs_of_an_arm_that_is_no_longer_there_are_not_said_to_begin_anew(tmp_path: Path) -> None:
+    run(tmp_path, Fakes(), small_study(seeds=[0, 1, 2, 3, 4, 5]))
+    never_finished(tmp_path)
+    with pytest.raises(UserError) as caught:
+        run(
+            tmp_path, Fakes(), small_study(seeds=[0, 1, 2, 3, 4, 5], arms=[*STUDY["arms"][:1]], contrasts={"against": ["base"]})
+        )
+    said = str(caught.value)
+    assert "sft -> grpo, seed 4 and 1 more. Set it back" in said and "seed 5" not in said
+    assert "seed-4 and 1 more to go on without what this study does not have, or" in said and "anew as it says" not in said
+
+
+def test_a_finished_study_keeps_its_comparisons_and_takes_another_title(tmp_path: Path) -> None:
+    run(tmp_path, Fakes(), small_study(base=False, contrasts={"against": ["sft"]}))
+    for changes, differ in (
+        ({"contrasts": {"against": ["sft -> grpo"]}}, 'contrasts.against.0 is "sft" there and "sft -> grpo" here'),
+        ({"base": True}, "base is false there and true here"),
+    ):
+        with pytest.raises(
+            UserError, match=rf"a finished study of other comparisons: {differ}; set it back, or choose another"
+        ):
+            run(tmp_path, Fakes(), small_study(**{"base": False, "contrasts": {"against": ["sft"]}, **changes}))
+    again = Fakes()
+    printed = run(tmp_path, again, small_study(base=False, contrasts={"against": ["sft"]}, title="Better", tune=None))
+    assert again.trained == [] and again.reports == [tmp_path]
+    assert (
+        'title is "" there and "Better" here' in printed
+        and "tune is" in printed
+        and "only study.json and the report" in printed
+    )
+    found = study_json(tmp_path)
+    assert (found["title"], found["spec"]["title"], found["spec"]["tune"], found["status"]) == (
+        "Better",
+        "Better",
+        None,
+        "finished",
+    )
+    (correction,) = found["corrections"]
+    assert correction["differences"][0] == {"setting": "title", "before": "", "after": "Better"}
+    assert len(correction["finished"]) == 4
+
+
+def test_a_finished_study_that_tries_a_failed_run_again_keeps_its_comparisons(tmp_path: Path) -> None:
+    run(tmp_path, Fakes(before_step=explode_in_grpo(NonFinite("nan"))))
+
+    def stops(recipe: Recipe, step: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Fakes(before_step=stops))
+    with pytest.raises(UserError, match="a finished study of other comparisons"):
+        run(tmp_path, Fakes(), small_study(contrasts={"against": ["sft"]}))
+
+
+def test_a_searched_study_takes_another_title(tmp_path: Path) -> None:
+    run(tmp_path, Fakes(), tune=True)
+    again = Fakes()
+    run(tmp_path, again, small_study(title="Better"), tune=True)
+    assert again.trained == [] and study_json(tmp_path)["title"] == "Better"
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_results_are_not_overwritten_by_another_study_when_the_runs_are_elsewhere(tmp_path: Path, finished: bool) -> None:
+    run(tmp_path / "out", Fakes())
+    shutil.move(tmp_path / "out/runs", tmp_path / "kept")
+    if not finished:
+        never_finished(tmp_path / "out")
+        (tmp_path / "out/results.json").write_text("{}")
+    with pytest.raises(UserError, match=r"another study: .*: its report, whose runs are not here\. .*study, or choose another"):
+        run(tmp_path / "out", Fakes(), with_rate(1e-6))
+
+
+def test_the_time_of_a_removed_run_is_forgotten(tmp_path: Path) -> None:
+    run(tmp_path, Fakes())
+    shutil.rmtree(tmp_path / "runs/sft/seed-1")
+
+    def stops(recipe: Recipe, step: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, Fakes(before_step=stops))
+    assert [entry["seconds"] is None for entry in study_json(tmp_path)["runs"]] == [False, False, True, False]
+
+
+def test_a_study_does_not_mix_versions_of_a_reward(tmp_path: Path) -> None:
+    reward, out = tmp_path / "reward.py", tmp_path / "out"
+    reward.write_text("def score(completions, **kwargs):\n    return [0.0] * len(completions)\n")
+    spec = small_study(shared={**STUDY["shared"], "rewards": [f"{reward}:score"]})
+
+    def stops(recipe: Recipe, step: int) -> None:
+        if recipe.seed == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(out, Fakes(before_step=stops), spec)
+    record, before = out / "runs/sft-to-grpo/seed-0/record.json", code_of(spec.recipe("sft -> grpo", 0))
+    record.write_text(json.dumps({**json.loads(record.read_text()), "code": before}))
+    text = reward.read_text()
+    reward.write_text(f"{text}\n# better\n")
+    fakes = Fakes()
+    with pytest.raises(
+        UserError,
+        match=rf"{reward} is not what it was when these began: sft -> grpo, seed 0; .* Put it back to go on, remove "
+        rf"{record.parent} to begin them anew with the new one, or choose another --out",
+    ):
+        run(out, fakes, spec)
+    assert fakes.trained == []
+    reward.write_text(text)
+    run(out, fakes, spec)
+    assert fakes.names() == ["sft/seed-1", "sft-to-grpo/seed-1"]
+    reward.write_text(f"{text}\n# better\n")
+    run(out, fakes, spec)  # nothing is left to be trained with it
 
 
 def test_a_finished_study_takes_no_further_runs_and_a_search_no_other_study(tmp_path: Path) -> None:

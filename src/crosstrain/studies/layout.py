@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,13 @@ from crosstrain.training.record import read_lines
 OF_BASE = ("model", "device", "precision", "evaluation", "sampling")
 """The shared settings that the untrained model's evaluation depends on."""
 
-SHOWN = 3
+NAMES = ("name", "title")
+"""Settings that say only what a study is called."""
+
+CHOICES = ("arms", "base", "contrasts", "seeds")
+"""Settings that say what a study compares."""
+
+SHOWN = 5
 """Runs that a message names."""
 
 
@@ -120,7 +126,8 @@ def check_folder(out: Path, spec: StudySpec, identity: Mapping[str, Any]) -> dic
     """The study.json of a folder that holds this study, {} of one in which nothing has begun; UserError for anything else.
 
     identity: `spec` (as JSON), `config_hash`, `quick` and `tune`; they are what makes two studies the same. A corrected study is
-    this one, too, where everything that has begun is as it says now: what differs is of runs that are still to begin.
+    this one, too, where everything that has begun is as it says now: what differs is of runs that are still to begin. Results
+    count as begun, for they would be lost.
     """
     file = out / "study.json"
     if not file.is_file():
@@ -131,18 +138,44 @@ def check_folder(out: Path, spec: StudySpec, identity: Mapping[str, Any]) -> dic
         return {}
     there: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     begun = _begun(out, there)
-    if not begun:
+    reported = _was_finished(there) or (out / "results.json").is_file()
+    if not begun and not reported:
         return {}
     for flag in ("quick", "tune"):
         if there[flag] != identity[flag]:
             was, now = ("with", "without") if there[flag] else ("without", "with")
+            removable = not reported and not any(run["folder"] in begun for run in there["runs"])
+            remove = f"remove {_some(str(out / folder) for folder in begun)} or choose" if removable else "or"
             raise UserError(
                 f"the study in {out} was started {was} --{flag} and this one is {now} it; use the same flags to go on with it, "
-                "or another --out to start anew"
+                f"{remove} another --out to start anew"
             )
     if there["config_hash"] != identity["config_hash"]:
-        _check_correction(out, spec, there, identity, begun)
+        _check_correction(out, spec, there, identity, begun, reported=reported)
     return there
+
+
+def check_code(out: Path, runs: Sequence[StudyRun], code: Mapping[str, str]) -> None:
+    """UserError when runs or trials that stay in the folder were trained with other files of methods and rewards than `code`.
+
+    code: what the runs to go would be trained with, as in `own_code.code_of`. Records of earlier versions have none to compare.
+    """
+    names = {run.folder: run.title for run in runs}
+    trials = sorted(file.parent.relative_to(out).as_posix() for file in (out / "tuning").rglob("record.json"))
+    found: dict[str, list[str]] = {}
+    for folder in (*names, *trials):
+        if is_finished(out / folder) or checkpoint.latest(out / folder / "checkpoints") is not None:
+            before = read_record(out / folder).get("code", {})
+            for file in before.keys() & code.keys():
+                if before[file] != code[file]:
+                    found.setdefault(file, []).append(folder)
+    if found:
+        file, folders = min(found.items())
+        raise UserError(
+            f"{file} is not what it was when these began: {_some((names.get(f, f) for f in folders), '; ')}; a study does not mix "
+            f"the two. Put it back to go on, remove {_some(str(out / f) for f in folders)} to begin them anew with the new one, or "
+            "choose another --out"
+        )
 
 
 def _begun(out: Path, there: Mapping[str, Any]) -> dict[str, str]:
@@ -154,29 +187,57 @@ def _begun(out: Path, there: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _check_correction(
-    out: Path, spec: StudySpec, there: Mapping[str, Any], identity: Mapping[str, Any], begun: Mapping[str, str]
+    out: Path,
+    spec: StudySpec,
+    there: Mapping[str, Any],
+    identity: Mapping[str, Any],
+    begun: Mapping[str, str],
+    *,
+    reported: bool,
 ) -> None:
-    """UserError unless the study leaves all that has begun in the folder as it is, and a finished one's choice of runs, too."""
-    differ = say_differences(there["spec"], identity["spec"])
-    if there["tune"]:  # every run depends on the search
-        stale = list(begun)
-    else:
-        planned = {run.folder: run for run in study_runs(spec)}
-        runs = {run["folder"]: StudyRun(run["arm"], run["seed"], run["folder"], run["save_weights"]) for run in there["runs"]}
-        old, new = (one["spec"]["shared"] for one in (there, identity))
-        same_base = all(old.get(key) == new.get(key) for key in OF_BASE)
-        same = [run for folder, run in runs.items() if folder in begun and planned.get(folder) == run]
-        kept = {run.folder for run in same if _recipe_is(out / run.folder, spec.recipe(run.arm, run.seed))}
-        stale = [folder for folder in begun if folder not in kept and (folder in runs or not same_base)]
-        if not stale and there.get("status") == "finished" and planned != runs:
-            raise UserError(f"{out} holds a finished study of other runs: {differ}; choose another --out to start anew")
-    if stale:
-        more = f" and {len(stale) - SHOWN} more" if len(stale) > SHOWN else ""
-        what, where = "; ".join(begun[f] for f in stale[:SHOWN]), ", ".join(str(out / f) for f in stale[:SHOWN])
+    """UserError unless the study leaves all that has begun in the folder as it is, and what a finished one compares, too."""
+    old, new = there["spec"], identity["spec"]
+    if all(old.get(key) == new.get(key) for key in {*old, *new} - {*NAMES}):
+        return
+    planned = {run.folder: run for run in study_runs(spec)}
+    runs = {run["folder"]: StudyRun(run["arm"], run["seed"], run["folder"], run["save_weights"]) for run in there["runs"]}
+    searched = there["tune"]  # every run depends on the search
+    same = [run for folder, run in runs.items() if folder in begun and planned.get(folder) == run and not searched]
+    kept = {run.folder for run in same if _recipe_is(out / run.folder, spec.recipe(run.arm, run.seed))}
+    same_base = all(old["shared"].get(key) == new["shared"].get(key) for key in OF_BASE)
+    stale = [folder for folder in begun if folder not in kept and (searched or folder in runs or not same_base)]
+    other_runs = planned != runs
+    settled = _was_finished(there) and (other_runs or any(old.get(k) != new.get(k) for k in ("base", "contrasts")))
+    if settled and kept and not stale:
+        differ = say_differences(*({key: one.get(key) for key in CHOICES} for one in (old, new)))
+        of = "runs" if other_runs else "comparisons"
         raise UserError(
-            f"{out} holds another study: {differ}; begun with what it says there: {what}{more}. Set it back to go on with that "
-            f"study, remove {where}{more} to begin that anew as it says here, or choose another --out to start anew"
+            f"{out} holds a finished study of other {of}: {differ}; set it back, or choose another --out to start anew"
         )
+    if stale or (reported and not kept):
+        what = _some((begun[folder] for folder in stale), "; ") or "its report, whose runs are not here"
+        ways = ["Set it back to go on with that study"]
+        if kept or not reported:  # with no run left, a report would be replaced by another study's
+            anew = [str(out / folder) for folder in stale if folder in planned or folder not in runs]
+            gone = [str(out / folder) for folder in stale if folder in runs and folder not in planned]
+            ways += [f"remove {_some(anew)} to begin that anew as it says here"] if anew and not settled else []
+            ways += [f"remove {_some(gone)} to go on without what this study does not have"] if gone and not settled else []
+        raise UserError(
+            f"{out} holds another study: {say_differences(old, new)}; begun with what it says there: {what}. "
+            f"{', '.join(ways)}, or choose another --out to start anew"
+        )
+
+
+def _was_finished(there: Mapping[str, Any]) -> bool:
+    """Whether a study came to its end once, also where it tries failed runs again."""
+    return "budget" in there
+
+
+def _some(names: Iterable[str], between: str = ", ") -> str:
+    """The first of these names, and how many more there are."""
+    listed = list(names)
+    more = f" and {len(listed) - SHOWN} more" if len(listed) > SHOWN else ""
+    return between.join(listed[:SHOWN]) + more
 
 
 def _recipe_is(folder: Path, recipe: Recipe) -> bool:

@@ -204,11 +204,18 @@ def settings_section(results: Results) -> str:
         ("Model and data", {**model, **data}),
         ("Versions", study["versions"] or {}),
         ("Hardware", {k: v for k, v in (study["hardware"] or {}).items() if v is not None}),
+        ("Corrected", {c["at"]: _corrected(c) for c in study.get("corrections") or []}),
         ("Study", {"config hash": study["config_hash"], "started": study["started_at"], "finished": study["finished_at"]}),
     ]
-    facts = "".join(f"<div><h3>{title}</h3>{_facts(values)}</div>" for title, values in lists)
+    facts = "".join(f"<div><h3>{title}</h3>{_facts(values)}</div>" for title, values in lists if values)
     spec = yaml.safe_dump(study["spec"], sort_keys=False, allow_unicode=True, width=100)
     return f'<div class="facts">{facts}</div><details><summary>Every setting</summary><pre>{escape(spec)}</pre></details>'
+
+
+def _corrected(correction: Mapping[str, Any]) -> str:
+    """What changed in a study that had been started, and how many runs had finished before."""
+    changed = [f"{one['setting']} from {one['before']!r} to {one['after']!r}" for one in correction["differences"]]
+    return f"{'; '.join(changed)}; runs finished before: {len(correction['finished'])}"
 
 
 def _facts(values: Mapping[str, Any]) -> str:

@@ -61,7 +61,7 @@ def build_results(folder: Path) -> dict[str, Any]:
 
 _ABOUT_STUDY = (
     *("name", "title", "status", "quick", "tune", "started_at", "finished_at", "config_hash", "versions", "hardware"),
-    *("learning_rates", "budget", "models_kept", "spec"),
+    *("learning_rates", "budget", "models_kept", "corrections", "spec"),
 )
 
 

@@ -11,15 +11,16 @@ from typing import Any
 from rich.console import Console
 
 from crosstrain.config import StudySpec, config_hash
-from crosstrain.config.differences import say_differences
+from crosstrain.config.differences import differences, say_differences
 from crosstrain.errors import UserError
 from crosstrain.models import resolve_device
+from crosstrain.own_code import code_of
 from crosstrain.rewards.child import check_not_in_worker
 from crosstrain.studies import tune as tuning
 from crosstrain.studies.attempt import Actions, attempt, real_actions
 from crosstrain.studies.budget import budget_check, budget_warnings, check_can_be_equal
 from crosstrain.studies.estimate import StudyPlan, plan_study
-from crosstrain.studies.layout import StudyRun, check_folder, is_finished, only_one_process, read_record, study_runs
+from crosstrain.studies.layout import StudyRun, check_code, check_folder, is_finished, only_one_process, read_record, study_runs
 from crosstrain.studies.progress import Clock, StudyDisplay
 from crosstrain.training.checkpoint import write_json
 from crosstrain.training.display import about
@@ -76,6 +77,7 @@ def run_study(
         record = check_folder(out, spec, identity)
         work = _Study(spec, out, record, actions or real_actions(), console or Console(stderr=True))
         if work.is_finished():
+            work.correct(identity)
             return work.actions.write_report(out)
         work.open(identity)
         try:
@@ -102,16 +104,34 @@ class _Study:
         """Whether nothing is left to do but the report."""
         return self.record.get("status") == "finished" and not self._pending()
 
+    def correct(self, identity: Mapping[str, Any]) -> None:
+        """Write into study.json, and say, what the study says otherwise now than when it was started or last corrected."""
+        if self.record["config_hash"] == identity["config_hash"]:
+            return
+        taken = "what has begun is as it was, and the runs to go take what it says here"
+        if self.is_finished():
+            taken = "every run is finished, so only study.json and the report take it"
+        self.say(f"note: {say_differences(self.record['spec'], identity['spec'])}; {taken}")
+        found = differences(self.record["spec"], identity["spec"])
+        correction = {
+            "at": _now(),
+            "differences": [{"setting": key, "before": before, "after": after} for key, before, after in found],
+            "finished": [run.folder for run in self.runs if is_finished(self.out / run.folder)],
+        }
+        self.record |= {**identity, **self._names(), "corrections": [*self.record.get("corrections", []), correction]}
+        self._write()
+
+    def _names(self) -> dict[str, str]:
+        return {"name": self.spec.name, "title": self.spec.title or self.spec.name}
+
     def open(self, identity: Mapping[str, Any]) -> None:
         """Write study.json, or go on with the one that is there, as the study says now."""
         seconds: dict[str, float | None] = {}
         if self.record:
             self._warn_of_other_versions()
             self.record["resumed"] += 1
-            seconds = {entry["folder"]: entry["seconds"] for entry in self.record["runs"]}
-            if self.record["config_hash"] != identity["config_hash"]:
-                differ = say_differences(self.record["spec"], identity["spec"])
-                self.say(f"note: {differ}; what has begun is as it was, and the runs to go take what it says here")
+            seconds = {e["folder"]: e["seconds"] for e in self.record["runs"] if is_finished(self.out / e["folder"])}
+            self.correct(identity)
         else:
             self.record |= {
                 "started_at": _now(),
@@ -121,8 +141,7 @@ class _Study:
             }
         self.record |= {
             **identity,
-            "name": self.spec.name,
-            "title": self.spec.title or self.spec.name,
+            **self._names(),
             "base": "runs/base" if self.spec.base else None,
             "models_kept": f"of seed {self.spec.seeds[0]} of each arm, in its run's folder model/",
             "runs": [
@@ -146,6 +165,8 @@ class _Study:
         clock = Clock({})
         if pending:
             planned = plan_study(self.spec, self.actions.plan, quick=quick, tune=tune)
+            code = {name: sha for run in pending for name, sha in code_of(self.spec.recipe(run.arm, run.seed)).items()}
+            check_code(self.out, self.runs, code)
             clock = Clock({name: arm.predicted.seconds for name, arm in planned.arms.items()}, self._measured())
             kept = len(self.runs) - len(pending)
             self.say(f"going on with {self.out}: {kept} of {len(self.runs)} runs are finished" if kept else str(planned))
