@@ -19,14 +19,15 @@ import pytest
 
 import crosstrain
 from crosstrain import load_data, text_server
-from crosstrain.assemble import load_streams
+from crosstrain.assemble import learns_from_answers, load_streams
+from crosstrain.checks import unused_settings
 from crosstrain.cli import main
 from crosstrain.config import Recipe, TextTeacherSpec, config_hash, parse, to_yaml
 from crosstrain.data.chat import encode
 from crosstrain.data.rows import Row
 from crosstrain.errors import UserError
 from crosstrain.load_data import LoadedStream, load_stream
-from crosstrain.methods import load_method
+from crosstrain.methods import METHODS, load_method
 from crosstrain.models import load_tokenizer
 from crosstrain.planning import plan
 from crosstrain.prepare import prepare
@@ -511,6 +512,53 @@ def test_a_stage_that_reads_no_answers_asks_for_none(world: Path, server: Server
         assert records[0]["data"] == records[1]["data"] and records[0]["data"]["train"]["rows"] == 6
         warned = "data.train.teacher: no stage learns from demonstrations, so its server is not asked"
         assert all(warned in record["warnings"] for record in records)
+
+
+CUSTOM = """
+from dataclasses import replace
+
+from crosstrain.methods import grpo, sft
+
+
+def only(method, **plan):
+    return replace(method, plan=replace(method.plan, **plan))
+
+
+def start():
+    return only(sft.sft(), start=lambda e, s: tuple(e.expert), needs_expert=None)
+
+
+def unnamed():
+    return replace(grpo.grpo(num_generations=2), name="")
+
+
+def reward():
+    return only(grpo.grpo(num_generations=2), reward=lambda g, t, decode: float(bool(g.example.expert)))
+
+
+def wants():
+    return only(grpo.grpo(num_generations=2), wants=lambda e, s: bool(e.expert))
+
+
+def select():
+    return replace(grpo.grpo(num_generations=2), select=lambda g, s: g if g.example.expert else None)
+"""
+
+
+@pytest.mark.parametrize("name", ["start", "unnamed", "reward", "wants", "select"])
+def test_a_method_of_ones_own_gets_the_answers_whatever_it_declares(
+    world: Path, server: Server, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "mine.py").write_text(CUSTOM)
+    made = changed(recipe(world, server, method=f"{tmp_path / 'mine.py'}:{name}"), **SAMPLING)
+    ready = prepare(made)
+    assert len(server.asked) == 6 and all(len(e.expert) == 1 for e in ready.loaded.streams["train"].examples)
+    assert not any("teacher" in text for text in unused_settings(made, ready.methods))
+
+
+def test_built_in_methods_that_learn_from_no_answers_are_known() -> None:
+    idle = {name for name in METHODS if not learns_from_answers("train", [load_method(name)])}
+    assert {"grpo", "ppo", "rloo", "remax", "raft", "replay"} <= idle and not {"sft", "luffy", "dpo", "kto"} & idle
 
 
 def test_rows_are_tokenized_once_at_each_start_after_the_first(

@@ -18,7 +18,7 @@ from crosstrain.data.mixtures import Mixture
 from crosstrain.errors import UserError, nearest
 from crosstrain.head import check_head
 from crosstrain.load_data import Asking, LoadedStream, load_stream, unjudged
-from crosstrain.methods import load_method
+from crosstrain.methods import METHODS, load_method
 from crosstrain.models import has_bf16_instructions, load_model, load_tokenizer, load_weights, resolve_device
 from crosstrain.rewards import RewardPool, load_reward
 from crosstrain.rewards.load import Reward
@@ -182,15 +182,24 @@ def origins(method: Method) -> list[str]:
 
 
 def learns_from_answers(stream: str, methods: Sequence[Method]) -> bool:
-    """Whether a stage does something with the demonstrations that a stream's rows bring, beside choosing and ordering rows."""
+    """Whether a stage may do something with the demonstrations that a stream's rows bring, beside choosing and ordering rows."""
     return any(
-        method.plan.brings(name) is not None
+        not _is_built_in(method)  # nobody knows what functions of the user's own do with an example
+        or method.plan.brings(name) is not None
         or method.plan.start is Plan().start  # a group begins with them where they are there
         or any("{completion}" in text for text in method.contexts.values())
         for method in methods
         for name in method.plan.streams(method.init())
         if method.plan.origin(name) == stream
     )
+
+
+def _is_built_in(method: Method) -> bool:
+    """Whether a method is one of the library's, and so is everything in it that is given examples."""
+    entry = METHODS.get(method.name)
+    given = (*vars(method.plan).values(), method.select, method.remember, *method.columns.values())
+    parts = (entry and entry.factory, *filter(callable, given))
+    return all(getattr(part, "__module__", "").startswith("crosstrain.") for part in parts)
 
 
 def contexts_of(stream: str, methods: Sequence[Method]) -> dict[str, str]:
