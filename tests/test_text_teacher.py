@@ -501,7 +501,10 @@ def test_a_stage_that_reads_no_answers_asks_for_none(world: Path, server: Server
     chats = [{"messages": [{"role": "user", "content": p}], "answer": "4"} for p in PROMPTS]
     write(tmp_path / "chats.jsonl", chats)
     for file in ("prompts.jsonl", str(tmp_path / "chats.jsonl")):
-        made = changed(recipe(world, server, file, method=GRPO, data={"filter": {"deduplicate": "exact"}}), **SAMPLING)
+        made = changed(
+            recipe(world, server, file, method=GRPO, data={"filter": {"quality_column": "answer", "min_quality": 0}}),
+            **SAMPLING,
+        )
         records = []
         for name in ("before", "after"):
             folder = crosstrain.train(made, tmp_path / f"{name}{len(file)}").folder
@@ -594,6 +597,23 @@ def test_answers_that_choose_rows_are_asked_for_though_nobody_learns_from_them(w
     warned = "data.train.teacher: no stage learns from demonstrations, and its answers only filter, choose or order rows"
     assert warned in plan(made).warnings
     assert not any("teacher:" in text for text in plan(recipe(world, server)).warnings)
+
+
+@pytest.mark.parametrize(
+    "data", [{"select": {"rule": "random", "size": 8}}, {"filter": {"deduplicate": "near", "near_threshold": 0.3}}]
+)
+def test_arms_that_learn_from_answers_and_arms_that_do_not_draw_the_same_rows(
+    world: Path, server: Server, data: dict[str, Any]
+) -> None:
+    server.reply = lambda asked: told(f"{asked.prompt} makes {'one two three four five' * int(asked.prompt[-1])}", chat=False)
+    drawn = []
+    for method in ("sft", GRPO):
+        made = changed(recipe(world, server, method=method, data=data, n=2, temperature=1.0), **SAMPLING)
+        ready = prepare(made)
+        drawn.append([e.id for e in ready.loaded.streams["train"].examples])
+        warned = [text for text in unused_settings(made, ready.methods) if "teacher" in text]
+        assert len(server.asked) == 12 and bool(warned) == (method == GRPO)
+    assert drawn[0] == drawn[1] and len(drawn[0]) < 12
 
 
 def test_a_run_goes_on_with_more_patience_and_a_corrected_address(world: Path, server: Server, tmp_path: Path) -> None:

@@ -93,9 +93,9 @@ def needs_model(spec: DataSpec) -> bool:
 
 
 def judged_by_answers(spec: DataSpec) -> bool:
-    """Whether a source's answers decide which of its rows are drawn, or when."""
-    by_length = spec.filter is not None and (spec.filter.min_length is not None or spec.filter.max_length is not None)
-    return by_length or needs_model(spec) or (spec.order is not None and spec.order.by == "length")
+    """Whether a source's answers decide which of its rows are drawn, or when: by what they say, or by how many there are."""
+    looks = spec.filter is not None and any(getattr(spec.filter, key) for key in ("min_length", "max_length", "deduplicate"))
+    return looks or spec.select is not None or (spec.order is not None and spec.order.by in ("length", "loss"))
 
 
 def unjudged(spec: DataSpec) -> DataSpec:
