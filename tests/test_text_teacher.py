@@ -496,6 +496,17 @@ def test_answers_that_nobody_reads(world: Path, server: Server, tmp_path: Path) 
     assert records[0]["data"] == records[1]["data"]  # a run goes on
 
 
+def test_rows_that_nobody_reads_may_bring_anything(world: Path, server: Server, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    write(pairs, [{"prompt": p, "chosen": "a", "rejected": "b"} for p in PROMPTS])
+    taught = recipe(world, server).data["train"].model_dump(exclude_defaults=True)
+    mixture = [{**taught, "path": str(pairs)}, {"path": str(world / "prompts.jsonl")}]
+    for idle in ({**taught, "path": str(world / "told.jsonl")}, {"mixture": mixture}):
+        made = changed(recipe(world, server), data={"train": str(world / "told.jsonl"), "idle": idle})
+        assert plan(made).warnings == ("data.idle: no stage draws from it",)
+    assert not server.asked
+
+
 def test_a_stage_that_reads_no_answers_asks_for_none(world: Path, server: Server, tmp_path: Path) -> None:
     """The prompts are those that a teacher would be asked, whether its answers happen to be there or not."""
     chats = [{"messages": [{"role": "user", "content": p}], "answer": "4"} for p in PROMPTS]

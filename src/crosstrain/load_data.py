@@ -99,10 +99,10 @@ def judged_by_answers(spec: DataSpec) -> bool:
 
 
 def unjudged(spec: DataSpec) -> DataSpec:
-    """The stream with all rows of sources that have a teacher: none are filtered, chosen or ordered."""
+    """The stream with all rows of sources that have a teacher, as they are: none are answered, filtered, chosen or ordered."""
     if spec.mixture is not None:
         return spec.model_copy(update={"mixture": [unjudged(source) for source in spec.mixture]})
-    idle = ("filter", "select", "order") if spec.teacher is not None else ()
+    idle = ("teacher", "filter", "select", "order") if spec.teacher is not None else ()
     return spec.model_copy(update=dict.fromkeys(idle))
 
 
