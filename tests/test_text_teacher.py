@@ -460,6 +460,35 @@ def test_nothing_is_asked_for_rows_that_a_run_would_refuse(world: Path, server: 
     assert not server.asked
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"order": {"by": "column", "column": "nope"}}, r"prompts.jsonl:1: column 'nope' is missing"),
+        ({"filter": {"quality_column": "nope", "min_quality": 1}}, r"prompts.jsonl:1: column 'nope' is missing"),
+        ({"filter": {"quality_column": "answer", "min_quality": 9}}, r"data.train.filter leaves no row: it keeps 0 of 6 rows"),
+        ({"select": {"rule": "random", "size": 80}}, r"data.train.select.size: got 80 of 12 rows"),
+        (
+            {"select": {"rule": "random", "size": 4}, "filter": {"quality_column": "answer", "min_quality": 4}},
+            r"data.train.select.size: got 4 of 4 rows",
+        ),
+    ],
+)
+def test_nothing_is_paid_for_rows_whose_own_columns_are_wrong(
+    world: Path, server: Server, data: dict[str, Any], message: str
+) -> None:
+    made = recipe(world, server, data=data, n=2, temperature=1.0)
+    for act in (loaded, prepare, plan):
+        with pytest.raises(UserError, match=message):
+            act(made)
+    assert not server.asked
+
+
+def test_columns_are_looked_at_where_they_are_needed(world: Path, server: Server, tmp_path: Path) -> None:
+    write(tmp_path / "some.jsonl", [{"prompt": p, "good": int(p[-1]), **({"hard": 1} if p > "say 2" else {})} for p in PROMPTS])
+    data = {"filter": {"quality_column": "good", "min_quality": 3}, "order": {"by": "column", "column": "hard"}}
+    assert loaded(recipe(world, server, str(tmp_path / "some.jsonl"), data=data)).rows == 3
+
+
 def changed(made: Recipe, **more: Any) -> Recipe:
     return parse(Recipe, made.model_dump(exclude_defaults=True) | more)
 

@@ -188,9 +188,7 @@ def _part(
     filtered = None
     if spec.filter is not None:
         filtered = filter_rows(rows, spec.filter, lambda row: _trained(encode(row, tokenizer, id="")))
-        if not filtered.kept:
-            raise UserError(f"{at.key}.filter leaves no row: it {filtered}")
-    kept = range(len(rows)) if filtered is None else filtered.kept
+    kept = range(len(rows)) if filtered is None else _kept(at, filtered)
     examples = tuple(
         encode(
             rows[i],
@@ -237,7 +235,21 @@ def _taught(
     for row in questions if ask == "now" else ():  # what the run would refuse is refused before anything is paid for
         limits = {"max_prompt_length": recipe.max_prompt_length, "max_length": recipe.max_length}
         encode(row, tokenizer, id="", **limits, contexts=contexts)
+    _check_columns(at, questions, spec, spec.teacher.n)
     return teach(f"{at.key}.teacher", questions, spec.teacher, ask=ask == "now")
+
+
+def _check_columns(at: _Place, questions: Sequence[Row], spec: DataSpec, n: int) -> None:
+    """UserError for what the filter, `select` and `order` would refuse whatever `n` answers each question gets."""
+    left: Sequence[int] = range(len(questions))
+    if spec.filter is not None:
+        by_quality = spec.filter.model_copy(update=dict.fromkeys(("min_length", "max_length", "deduplicate")))
+        left = _kept(at, filter_rows(questions, by_quality, lambda row: ()))
+    if spec.select is not None:
+        _check_size(at, spec.select, len(left) * n)
+    elif spec.order is not None and spec.order.column is not None:  # rows that are not chosen need not have the column
+        for i in left:
+            number_of(questions[i], spec.order.column)
 
 
 def _on_answers(taught: Taught, teacher: TextTeacherSpec) -> list[str]:
@@ -251,10 +263,7 @@ def _on_answers(taught: Taught, teacher: TextTeacherSpec) -> list[str]:
 
 
 def _choose(at: _Place, select: SelectSpec, examples: Sequence[Example], recipe: Recipe, model: Any) -> Chosen:
-    if select.size >= len(examples):
-        raise UserError(
-            f"{at.key}.select.size: got {select.size} of {len(examples)} rows, which leaves nothing to choose; take fewer"
-        )
+    _check_size(at, select, len(examples))
     if select.rule == "random":
         return any_rows(len(examples), select.size, _seed(recipe.seed, at.name))
     _check_answers(f"{at.key}.select", examples)
@@ -262,6 +271,18 @@ def _choose(at: _Place, select: SelectSpec, examples: Sequence[Example], recipe:
     if select.rule == "loss":
         return extreme(mean_losses(model, examples, tokens_per_micro_batch=tokens), select.size, select.direction)
     return informative(model, examples, select.size, select.ridge, tokens_per_micro_batch=tokens)
+
+
+def _check_size(at: _Place, select: SelectSpec, rows: int) -> None:
+    if select.size >= rows:
+        raise UserError(f"{at.key}.select.size: got {select.size} of {rows} rows, which leaves nothing to choose; take fewer")
+
+
+def _kept(at: _Place, filtered: Filtered) -> tuple[int, ...]:
+    """The rows that a filter leaves; UserError where there are none."""
+    if not filtered.kept:
+        raise UserError(f"{at.key}.filter leaves no row: it {filtered}")
+    return filtered.kept
 
 
 def _difficulty(
