@@ -639,6 +639,19 @@ def test_answers_that_choose_rows_are_asked_for_though_nobody_learns_from_them(w
     assert not any("teacher:" in text for text in plan(recipe(world, server)).warnings)
 
 
+def test_each_source_of_a_mixture_says_what_becomes_of_its_answers(world: Path, server: Server) -> None:
+    judged = recipe(world, server, data={"order": "length"}).data["train"].model_dump(exclude_defaults=True)
+    bare = recipe(world, server).data["train"].model_dump(exclude_defaults=True)
+    made = changed(
+        recipe(world, server, method=GRPO), **SAMPLING, data={"mixture": [str(world / "prompts.jsonl"), judged, bare]}
+    )
+    said = "teacher: no stage learns from demonstrations"
+    assert [text for text in plan(made).warnings if said in text] == [
+        f"data.train.mixture.1.{said}, and its answers only filter, choose or order rows",
+        f"data.train.mixture.2.{said}, so its server is not asked",
+    ]
+
+
 @pytest.mark.parametrize(
     "data", [{"select": {"rule": "random", "size": 8}}, {"filter": {"deduplicate": "near", "near_threshold": 0.3}}]
 )

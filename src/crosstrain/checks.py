@@ -69,12 +69,9 @@ def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
     """A warning for every setting that none of the recipe's stages has a use for; arms of a study share settings, so no error."""
     drawn = {name for method in methods for name in origins(method)}
     found = [f"data.{name}: no stage draws from it" for name in recipe.data if name not in drawn]
-    taught = [name for name, spec in recipe.data.items() if name in drawn and any(source.teacher for source in spec.sources)]
-    found += [
-        f"data.{name}.teacher: no stage learns from demonstrations, {_of_answers(recipe.data[name])}"
-        for name in taught
-        if not learns_from_answers(name, methods)
-    ]
+    for name, spec in recipe.data.items():
+        if name in drawn and not learns_from_answers(name, methods):
+            found += _idle_teachers(name, spec)
     if recipe.rewards is not None and all(is_model(f.name) for f in recipe.rewards.functions):
         fields = RewardsSpec.model_fields
         idle = [name for name in ("timeout_s", "workers") if getattr(recipe.rewards, name) != fields[name].default]
@@ -95,10 +92,19 @@ def unused_settings(recipe: Recipe, methods: Sequence[Method]) -> list[str]:
     return found
 
 
-def _of_answers(spec: DataSpec) -> str:
-    """What becomes of a teacher's answers that nobody learns from."""
-    judging = any(source.teacher and judged_by_answers(source) for source in spec.sources)
-    return "and its answers only filter, choose or order rows" if judging else "so its server is not asked"
+def _idle_teachers(name: str, spec: DataSpec) -> list[str]:
+    """A warning for each source with a teacher from which nobody learns: what becomes of its answers."""
+    found = []
+    for k, source in enumerate(spec.sources):
+        if source.teacher is not None:
+            key = f"data.{name}" if spec.mixture is None else f"data.{name}.mixture.{k}"
+            idle = (
+                "and its answers only filter, choose or order rows"
+                if judged_by_answers(source)
+                else "so its server is not asked"
+            )
+            found.append(f"{key}.teacher: no stage learns from demonstrations, {idle}")
+    return found
 
 
 def short_iterations(recipe: Recipe, methods: Sequence[Method], loaded: Loaded) -> list[str]:
