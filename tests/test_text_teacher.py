@@ -447,6 +447,7 @@ def test_data_check_asks_for_what_a_run_would_ask_for_when_nothing_else_is_wrong
     ):
         code, shown = checked(refused)
         assert code == 2 and message in shown
+        assert ("train: 6 rows" in shown) == (message in ("method dpo needs `chosen` and `rejected`", "nowhere"))
     assert not server.asked
     assert checked(recipe(world, server))[0] == 0 and len(server.asked) == 6
 

@@ -21,6 +21,7 @@ from crosstrain.load_data import LoadedStream, Part, needs_model
 from crosstrain.models import load_tokenizer, resolve_device
 from crosstrain.prepare import with_answers
 from crosstrain.training.collect import shares
+from crosstrain.types import Method
 
 
 def check_recipe(file: Path, given: Sequence[str] = (), console: Console | None = None, *, ask: bool = False) -> None:
@@ -28,7 +29,8 @@ def check_recipe(file: Path, given: Sequence[str] = (), console: Console | None 
 
     The model is loaded where rows are chosen or ordered by what it makes of them. given: options of the command line, which a
     recipe has of its own. ask: ask servers for answers that are not there yet and that a run would ask for, when nothing else is
-    wrong; words stand for them else. Raises UserError for what a run would refuse in its data, after printing what there is to see.
+    wrong; words stand for them else. Raises UserError for what a run would refuse in its data, after printing what there is to see
+    where the rows could be read.
     """
     console = console or Console(soft_wrap=True, highlight=False)
     if given:
@@ -49,12 +51,13 @@ def check_recipe(file: Path, given: Sequence[str] = (), console: Console | None 
         print_problems(error, console)
         raise
     if ask:
-        checks.check_before_asking(recipe, methods, loaded, tokenizer)
+        try:
+            checks.check_before_asking(recipe, methods, loaded, tokenizer)
+        except UserError:
+            _print_streams(loaded, recipe, methods, tokenizer, console)
+            raise
         loaded = with_answers(recipe, tokenizer, model, methods, loaded)
-    unused = checks.unused_settings(recipe, methods)
-    for name, found in loaded.found.items():
-        said = [text for text in unused if text.startswith((f"data.{name}:", f"data.{name}."))]
-        _print_stream(name, found, said, recipe, tokenizer, console)
+    _print_streams(loaded, recipe, methods, tokenizer, console)
     for method in methods:
         checks.check_data(method, loaded)
 
@@ -67,6 +70,15 @@ def first_batch(name: str, recipe: Recipe) -> int:
         if drawn := sum(n for stream, n in wanted.items() if method.plan.origin(stream) == name):
             return drawn
     return BATCH
+
+
+def _print_streams(
+    loaded: assemble.Loaded, recipe: Recipe, methods: Sequence[Method], tokenizer: Any, console: Console
+) -> None:
+    unused = checks.unused_settings(recipe, methods)
+    for name, found in loaded.found.items():
+        said = [text for text in unused if text.startswith((f"data.{name}:", f"data.{name}."))]
+        _print_stream(name, found, said, recipe, tokenizer, console)
 
 
 def _print_stream(
