@@ -163,7 +163,7 @@ def test_dpo_compares_with_the_model_it_started_from(world: Path, tmp_path: Path
     assert (result.folder / "model" / "adapter").is_dir() == (lora is not None)
 
 
-@pytest.mark.parametrize(("stages", "lora"), [(1, None), (2, None), (1, {"r": 2})])
+@pytest.mark.parametrize(("stages", "lora"), [(1, None), (2, None), (1, {"r": 2}), (2, {"r": 2})])
 def test_a_reference_that_is_computed_beforehand_gives_the_same_run(
     world: Path, tmp_path: Path, stages: int, lora: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,17 +189,13 @@ def test_a_reference_that_cannot_be_computed_beforehand_is_refused(world: Path, 
         crosstrain.train(recipe(world, {"method": method, "precompute_ref_log_probs": True}), tmp_path / "run")
 
 
-def test_the_second_stages_reference_is_where_it_started(world: Path, tmp_path: Path) -> None:
-    crosstrain.train(recipe(world, {"method": "sft", "learning_rate": 1e-3}, GRPO), tmp_path / "run")
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_the_second_stages_reference_is_where_it_started(world: Path, tmp_path: Path, lora: Any) -> None:
+    model = {"name": str(world / "model"), "lora": lora}
+    crosstrain.train(recipe(world, {"method": "sft", "learning_rate": 1e-3}, GRPO, model=model), tmp_path / "run")
     # at the first step of GRPO the policy is its reference; from the base it is two steps away
     assert lines(tmp_path / "run")[2]["kl"] == pytest.approx(0, abs=1e-9)
     assert lines(tmp_path / "run")[3]["kl"] > 0
-
-
-def test_a_reference_at_a_later_start_is_refused_for_lora(world: Path, tmp_path: Path) -> None:
-    model = {"name": str(world / "model"), "lora": {"r": 2}}
-    with pytest.raises(UserError, match="a reference at the stage's start is not kept for LoRA runs"):
-        crosstrain.train(recipe(world, "sft", GRPO, model=model), tmp_path / "run")
 
 
 def test_stages_start_from_the_base_or_go_on(world: Path, tmp_path: Path) -> None:

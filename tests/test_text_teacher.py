@@ -495,18 +495,15 @@ def changed(made: Recipe, **more: Any) -> Recipe:
 
 
 def test_nothing_is_paid_for_a_recipe_that_cannot_run(world: Path, server: Server, tmp_path: Path) -> None:
-    write(tmp_path / "pairs.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
-    made = recipe(world, server)
-    stage = {"max_steps": 1, "batch_size": 3, "learning_rate": 1e-2}
-    both = {"train": made.data["train"].model_dump(exclude_defaults=True), "pairs": str(tmp_path / "pairs.jsonl")}
-    stages = [{**stage, "method": "sft"}, {**stage, "method": "dpo", "data": "pairs"}]
-    lora = {k: v for k, v in made.model_dump(exclude_defaults=True).items() if k != "stages"}
-    lora |= {"data": both, "stages": stages, "model": {"name": str(world / "model"), "lora": {"r": 2}}}
+    stage = {"method": "sft", "max_steps": 1, "batch_size": 3, "learning_rate": 1e-2, "precompute_ref_log_probs": True}
     for refused, message in (
         (recipe(world, server, method="dpo"), "method dpo needs `chosen` and `rejected`"),
         (recipe(world, server, method=GRPO), "method grpo samples completions, and nothing scores them"),
         (changed(recipe(world, server, method=GRPO), rewards=["nowhere.py:f"]), "nowhere.py"),
-        (parse(Recipe, lora), "stage 1: a reference at the stage's start is not kept for LoRA runs"),
+        (
+            changed(recipe(world, server), stages=[stage]),
+            "precompute_ref_log_probs is true, but sft compares with no reference",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             crosstrain.train(refused, tmp_path / message[:8])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +27,7 @@ from crosstrain.rollout.torch_sampler import TorchSampler
 from crosstrain.training.collect import Truncation
 from crosstrain.training.cost import Cost
 from crosstrain.training.engine import Engine, Teacher
+from crosstrain.training.frozen import frozen_copy
 from crosstrain.training.loop import StageSettings
 from crosstrain.training.optimizer import Precision
 from crosstrain.training.score import choose_layout
@@ -353,7 +353,7 @@ def make_reference(model: Any, lora: bool) -> Callable[[], contextlib.AbstractCo
                 yield model
 
         return without_adapter
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    frozen = frozen_copy(model)
     return lambda: contextlib.nullcontext(frozen)
 
 

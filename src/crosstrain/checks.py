@@ -13,7 +13,6 @@ from crosstrain.errors import UserError
 from crosstrain.load_data import judged_by_answers
 from crosstrain.reward_models import check_classifier
 from crosstrain.rewards.model import is_model
-from crosstrain.training.reference import kept_reference
 from crosstrain.types import Example, Method
 
 
@@ -138,12 +137,6 @@ def check_reference(recipe: Recipe, method: Method, stage: int) -> None:
         why = "may ask the reference about other rows than those of the data" if others and not (whole or moving) else why
         why = "trains on completions that do not exist yet" if method.plan.samples else why
         raise UserError(f"stage {stage}: precompute_ref_log_probs is true, but {method.name} {why}; leave it out")
-    again = stage > 0 or recipe.stages[stage].repeat_until_budget
-    if kept_reference(method, first=not again) == "stage_start" and recipe.model.lora is not None:
-        raise UserError(
-            f"stage {stage}: a reference at the stage's start is not kept for LoRA runs; train the stages as separate runs, or "
-            "without LoRA, or with a method (or a KL of 0) that compares with none"
-        )
 
 
 def check_values(recipe: Recipe, methods: Sequence[Method], model: Any) -> None:

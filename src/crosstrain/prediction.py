@@ -73,6 +73,7 @@ def plan_stages(recipe: Recipe, ready: Prepared, engine: Engine) -> tuple[StageP
     """
     if engine.reference is None:  # what is computed beforehand costs about what it would in the steps
         engine = replace(engine, reference=lambda: nullcontext(ready.model))
+    trained = [p for p in ready.model.parameters() if p.requires_grad]
     plans = []
     for i, (stage, method) in enumerate(zip(recipe.stages, ready.methods, strict=True)):
         one = _first_step(recipe, stage, method, ready, engine)
@@ -82,11 +83,11 @@ def plan_stages(recipe: Recipe, ready: Prepared, engine: Engine) -> tuple[StageP
             cost = cost.used_demonstrations(stage.batch_size)
         again = i > 0 or stage.repeat_until_budget
         if kept_reference(method, first=not again) == "stage_start":  # which is not there yet
-            memory += sum(p.numel() * p.element_size() for p in ready.model.parameters()) / 2**30
+            memory += sum(p.numel() * p.element_size() for p in trained) / 2**30
         if method.start_from == "base":  # which is loaded anew for every step
             memory += sum(4 * p.numel() for p in ready.model.parameters()) / 2**30
         if method.average is not None:  # at full precision, and a model that computes with it
-            memory += sum(p.numel() * (4 * p.requires_grad + p.element_size()) for p in ready.model.parameters()) / 2**30
+            memory += sum(p.numel() * (4 + p.element_size()) for p in trained) / 2**30
         steps = expected_steps(recipe, stage, cost, Cost() if i else ready.data_cost)
         terms = tuple(f"{t.name}: {t.describe} per {t.per}" for t in method.terms)
         plans.append(StagePlan(method.name, steps, cost * steps, memory, terms))

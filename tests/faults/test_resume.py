@@ -37,6 +37,7 @@ STAGES = {
     "replay": [stage({"replay": {"num_generations": 3, "solved_above": 1.3, "start_rate": 0.0}})],
     "mifo": [stage({"mifo": {"num_generations": 3, "solved_above": 1.4, "buffer_size": 2, "hardest": 0.4}})],
     "sft then grpo": [stage("sft", max_steps=3), stage({"grpo": {"num_generations": 3}}, restart_optimizer=False, max_steps=4)],
+    "sft then grpo, lora": [stage("sft", max_steps=3), stage({"grpo": {"num_generations": 3}}, max_steps=4)],
 }
 
 
@@ -63,7 +64,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(world: Path, name: str) -> Path:
     content = {
-        "model": str(world / "model"),
+        "model": {"name": str(world / "model"), "lora": {"r": 2} if name.endswith("lora") else None},
         "data": str(world / "rows.jsonl"),
         "rewards": [f"{world / 'reward.py'}:first_letter"],
         "stages": STAGES[name],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from crosstrain.head import at_least_fp32
+from crosstrain.training.frozen import frozen_copy
 
 
 class Average:
@@ -20,7 +20,7 @@ class Average:
     """
 
     def __init__(self, model: Any, weights: Mapping[str, Tensor]) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.model = frozen_copy(model)
         self._parameters = dict(self.model.named_parameters())
         # a step of a hundredth would be rounded away in bf16; a value head is no part of the model
         own = {name: w.detach() for name, w in weights.items() if name in self._parameters}
