@@ -69,7 +69,7 @@ def test_in_bf16_the_gradient_of_a_sharp_weight_is_not_lost() -> None:
     mask = torch.ones(1, 1, 1, 2, dtype=torch.bool)
     of_query = []
     for q, k, v in (exact, rounded):
-        found = attention.attend(q, k, v, attention.blocks(mask, q.dtype), 1.0)
+        found = attention.attend(q, k, v, attention.blocks(mask, 1, q.dtype), 1.0)
         of_query.append(float(torch.autograd.grad(found.sum(), q)[0]))
     assert of_query[1] == pytest.approx(of_query[0], rel=0.05)
 

@@ -81,11 +81,11 @@ def short_attention(
     if length == 1 and not torch.is_grad_enabled():
         return attend_one(query, key, value, added(attention_mask, query.dtype), scale), None
     if attention_mask is not None:
-        seen = blocks(attention_mask.expand(-1, -1, length, columns), query.dtype)
+        seen = blocks(attention_mask.expand(-1, -1, length, columns), len(query), query.dtype)
     else:
         mask = torch.ones(1, 1, length, columns, dtype=torch.bool, device=query.device)
         causal = length > 1 and (getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        seen = blocks(mask.tril() if causal else mask, query.dtype)
+        seen = blocks(mask.tril() if causal else mask, len(query), query.dtype)
     return attend(query, key, value, seen, scale), None
 
 
@@ -103,15 +103,17 @@ def added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=wide, device=mask.device).masked_fill_(~mask, torch.finfo(wide).min)
 
 
-def blocks(mask: Tensor, dtype: torch.dtype) -> list[Block]:
-    """Queries in blocks with what they see, for inputs of a dtype. mask: [N or 1, 1, L, S] bool.
+def blocks(mask: Tensor, lines: int, dtype: torch.dtype) -> list[Block]:
+    """Queries of N lines in blocks with what they see, for inputs of a dtype. mask: [N or 1, 1, L, S] bool.
 
-    >>> [first, second] = blocks(torch.ones(1, 1, 300, 300, dtype=torch.bool).tril(), torch.float32)
+    >>> [first, second] = blocks(torch.ones(1, 1, 300, 300, dtype=torch.bool).tril(), 1, torch.float32)
     >>> second.queries, first.columns.shape, second.columns.shape
     (slice(218, 300, None), torch.Size([1, 218]), torch.Size([1, 300]))
+    >>> len(blocks(torch.ones(1, 1, 300, 300, dtype=torch.bool).tril(), 16, torch.float32))  # of many lines each is smaller
+    5
     """
     result = []
-    queries = max(QUERIES, PAIRS // (len(mask) * mask.shape[3]))
+    queries = max(QUERIES, PAIRS // (lines * mask.shape[3]))
     for start in range(0, mask.shape[2], queries):
         part = mask[:, 0, start : start + queries]
         seen = part.any(dim=1)

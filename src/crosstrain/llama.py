@@ -172,8 +172,10 @@ class _Seen:
         if length == 1:
             return _Seen(mask, bias=attention.added(mask, x.dtype))
         if mask is None:
-            return _Seen(None, blocks=attention.blocks(torch.ones(1, 1, length, columns, dtype=torch.bool).tril(), x.dtype))
-        blocks = attention.blocks(mask, x.dtype)
+            return _Seen(
+                None, blocks=attention.blocks(torch.ones(1, 1, length, columns, dtype=torch.bool).tril(), len(x), x.dtype)
+            )
+        blocks = attention.blocks(mask, len(x), x.dtype)
         widest = max(block.columns.shape[1] for block in blocks)  # torch's kernel computes what a mask hides
         ours = attention.is_short(x.dtype, length, widest) or 2 * widest <= columns
         return _Seen(mask, blocks=blocks if ours else None)
