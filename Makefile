@@ -16,7 +16,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 .PHONY: help study test test-all check bench clean
 
 help:
-	@echo "make study     train a small real model six ways and report which won (about 12 minutes on 2 cores with bf16)"
+	@echo "make study     train a small real model six ways and report which won (12 minutes on 2 cores with bf16, 30 without)"
 	@echo "make test      fast tests"
 	@echo "make test-all  every test, also the slow ones and those that need the real model"
 	@echo "make check     lint, formatting, types, doctests, import rules"

@@ -157,3 +157,21 @@ def test_a_file_that_is_wrong_is_told_where(tmp_path: Path, change: dict[str, An
     file.write_text(json.dumps({"groups": [{"trajectories": [own(1, 1.0) | change]}]}).replace("NaN", ".nan"))
     assert main(["explain", "rloo", "--batch", str(file)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("method", "rewards", "why"),
+    [
+        ("rloo", [1.0, 1.0], "no token has a weight"),
+        ("dapo", [1.0, 1.0], "dapo leaves out every group"),
+        ("dpo", [1.0, 0.0], "no term of dpo is on what the batch has, which is own answers; `crosstrain methods show dpo`"),
+    ],
+)
+def test_why_a_step_would_teach_nothing(
+    tmp_path: Path, method: str, rewards: list[float], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "batch.json"
+    rows = [own(2, r) | {"ref_logp": [-1.0] * 3} for r in rewards]
+    file.write_text(json.dumps({"groups": [{"trajectories": rows}]}))
+    assert main(["explain", method, "--batch", str(file)]) == 0
+    assert f"teach nothing: {why}" in " ".join(capsys.readouterr().out.split())

@@ -15,7 +15,7 @@ from crosstrain.explain import GivenBatch, explain
 from crosstrain.methods import load_method
 
 UP, DOWN = "green", "red"
-NOTHING = "This step would teach nothing: no token has a weight."
+AUTHORS = {"expert": "demonstrations", "policy": "own answers", "tool": "tools' words"}
 
 
 def explain_batch(name: str, batch: Path, overrides: Sequence[str], *, as_json: bool, console: Console | None = None) -> None:
@@ -82,11 +82,23 @@ def _sentence(found: Mapping[str, Any], given: GivenBatch) -> str:
     up_at, down_at = sum(v > 0 for v in moved), sum(v < 0 for v in moved)
     about = f" The value head's output would rise at {up_at} tokens and fall at {down_at}." if moved else ""
     if not total:
-        return f"This step would make no token more or less likely.{about}" if about else NOTHING
+        return f"This step would make no token more or less likely.{about}" if about else _nothing(found, given)
 
     def say(side: Mapping[str, float]) -> str:
-        names = {"expert": "demonstrations", "policy": "own answers", "tool": "tools' words"}
-        return " and ".join(f"{names[s]} ({w / total:.0%} of all weight)" for s, w in side.items() if w)
+        return " and ".join(f"{AUTHORS[s]} ({w / total:.0%} of all weight)" for s, w in side.items() if w)
 
     parts = [f"make {say(up)} more likely"] * any(up.values()) + [f"make {say(down)} less likely"] * any(down.values())
     return f"This step would {', and '.join(parts)}.{about}"
+
+
+def _nothing(found: Mapping[str, Any], given: GivenBatch) -> str:
+    """Why no token has a weight."""
+    if not any(group["selected"] for group in found["groups"]):
+        return f"This step would teach nothing: {found['method']} leaves out every group."
+    if any(term["tokens"] for term in found["terms"]):
+        return "This step would teach nothing: no token has a weight."
+    there = [name for source, name in AUTHORS.items() if any(source in t.source for g in given.groups for t in g.trajectories)]
+    return (
+        f"This step would teach nothing: no term of {found['method']} is on what the batch has, which is {' and '.join(there)}; "
+        f"`crosstrain methods show {found['method']}` says what they are on."
+    )

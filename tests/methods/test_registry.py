@@ -107,6 +107,8 @@ def test_a_method_of_ones_own_comes_from_a_file(tmp_path: Path) -> None:
         load_method(f"{file}:half_sft", cof=1)
     with pytest.raises(UserError, match="no function 'half_sf'; did you mean 'half_sft'"):
         load_method(f"{file}:half_sf")
+    with pytest.raises(UserError, match=r"no function 'other'; allowed: half_sft, weighted_sft$"):
+        load_method(f"{file}:other")
     with pytest.raises(UserError, match="'coef' has no default"):
         load_method(f"{file}:weighted_sft")
     with pytest.raises(UserError, match="there is no file"):

@@ -159,5 +159,7 @@ def _from_file(name: str) -> Factory:
     spec.loader.exec_module(module)
     factory = getattr(module, function, None)
     if factory is None:
-        raise UserError(f"method {name}: {path} has no function {function!r}; {nearest(function, vars(module))}")
+        own = [key for key, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+        hint = nearest(function, own) if own else "it defines none"
+        raise UserError(f"method {name}: {path} has no function {function!r}; {hint}")
     return factory  # type: ignore[no-any-return]
