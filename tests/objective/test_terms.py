@@ -110,6 +110,18 @@ def test_what_a_part_has_learned_itself_gets_no_gradient(part: str) -> None:
     assert found is not None and torch.autograd.grad(found.loss, learned, allow_unused=True) == (None,)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_closed_gate_lets_nothing_of_an_overflowing_ratio_through(dtype: torch.dtype) -> None:
+    """0 times infinity is NaN; where PPO's clip is closed (here A is 1 and r is e^800) the weight is 0."""
+    batch = two_by_three().with_columns(old_logp=torch.full((2, 4), -801.0, dtype=dtype))
+    batch = replace(batch, advantage=torch.ones_like(batch.advantage))
+    term = clipped("t", 0.2, 0.2, on=by(Source.POLICY), per=Per(("own_tokens",)))
+    leaf = torch.full((2, 4), -1.0, dtype=dtype).requires_grad_()
+    part = term_loss(term, Scores(leaf), batch, {"t": 6.0})
+    assert part is not None and part.logged == pytest.approx(-1.2) and float(part.loss) == 0
+    assert torch.autograd.grad(part.loss, leaf)[0].tolist() == [[0.0] * 4] * 2
+
+
 def test_no_gradient_flows_through_the_advantage() -> None:
     batch = two_by_three()
     advantage = batch.advantage.requires_grad_()

@@ -85,11 +85,12 @@ def surrogate(
         logp = scores.logp.detach()
         with torch.no_grad():
             log_den = denominator(logp, batch, on)
-        ratio = torch.exp(scores.logp - log_den)
-        with torch.no_grad():
-            opened = gate(ratio.detach(), logp, batch, on)
+            opened = gate(torch.exp(logp - log_den), logp, batch, on)
             if corrected is not None:
                 opened = opened * corrected(logp, batch, on)
+        apart = scores.logp - log_den
+        # where the gate is closed nothing may come through: 0 times a ratio that overflows would be NaN
+        ratio = torch.exp(torch.where(opened == 0, torch.zeros_like(apart), apart))
         return -opened * ratio * batch.advantage.detach() * normalise(on, batch)
 
     slots = {
