@@ -85,6 +85,14 @@ def test_whitening_counts_a_row_as_often_as_it_has_tokens() -> None:
     assert whitened(batch, values, eps=0.5).tolist() == pytest.approx([-0.75, 0.25])
 
 
+def test_whitening_leaves_out_what_a_tool_answered() -> None:
+    """Own tokens: 1 of value 1, 1 of value 0; the first row's two tool tokens are counted nowhere."""
+    one = Trajectory((1,) * 4, (Source.PROMPT, Source.POLICY, Source.TOOL, Source.TOOL), reward=1.0)
+    values = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    found = whitened(batch_of((one, row(1, 0.0))), values)
+    assert found.tolist() == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5)])
+
+
 def test_two_tokens_can_be_whitened_and_one_cannot() -> None:
     values = torch.tensor([1.0, 0.0], dtype=torch.float64)
     assert whitened(batch_of((row(1, 0.0), row(1, 0.0))), values).tolist() == pytest.approx([math.sqrt(0.5), -math.sqrt(0.5)])

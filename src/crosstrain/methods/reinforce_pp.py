@@ -23,16 +23,17 @@ PENALTY = "kl_penalty"
     paper="arXiv:2501.03262",
     family="reinforcement learning",
     checked="port",
-    deviates="kl_coef 0.01 (the paper's for general tasks; 0.001 for mathematics) is from memory of its table, not checked.",
+    deviates="kl_coef 0.01 (the paper's for general tasks; 0.001 for mathematics) is from memory of its table, not checked. verl "
+    "divides by sqrt(variance + 1e-8).",
 )
 def reinforce_pp(
     num_generations: int = 1, epsilon: float = 0.2, kl_coef: float = 0.01, num_iterations: int = 1, minibatches: int = 1
 ) -> Method:
     """REINFORCE++: PPO's loss with the return of each token, normalised over the step, as its advantage.
 
-    Loss (logged): max(-A r, -A clip(r, 1 - epsilon, 1 + epsilon)) averaged over all tokens of the step, r = pi / pi_old, and A_t =
-    (G_t - mean) / (std + 1e-8), mean and std over all tokens of the step, with the return G_t = R - kl_coef sum over s >= t of (log
-    pi_old - log ref) of own tokens. Weight on grad log pi: gate r A / N.
+    Loss (logged): max(-A r, -A clip(r, 1 - epsilon, 1 + epsilon)) averaged over all own tokens of the step, r = pi / pi_old,
+    and A_t = (G_t - mean) / (std + 1e-8), mean and std over the same tokens, with the return G_t = R - kl_coef sum over s >= t
+    of (log pi_old - log ref) of own tokens. Weight on grad log pi: gate r A / N.
 
     kl_coef: how much the KL to the reference takes off each token's return; with 0 no reference is kept, and all tokens of a
     completion share one return, the reward.
@@ -43,7 +44,7 @@ def reinforce_pp(
     if kl_coef == 0:
         return made
 
-    @says("G less its mean, by its standard deviation, both over the tokens of the step, with G the return to go")
+    @says("G less its mean, by its standard deviation, both over own tokens of the step, with G the return to go")
     def credit(batch: Batch) -> Tensor:
         return whitened_tokens(batch, returns_to_go(batch, token_rewards(batch, penalty=batch.columns[PENALTY])))
 
@@ -56,14 +57,19 @@ def reinforce_pp(
     )
 
 
-@method(paper="arXiv:2501.03262", family="reinforcement learning", checked="port")
+@method(
+    paper="arXiv:2501.03262",
+    family="reinforcement learning",
+    checked="port",
+    deviates="verl divides by sqrt(variance + 1e-8), and gives a completion that is alone in its group its reward; here it gets 0.",
+)
 def reinforce_pp_baseline(
     num_generations: int = 8, epsilon: float = 0.2, beta: float = 0.0, num_iterations: int = 1, minibatches: int = 1
 ) -> Method:
     """REINFORCE++-baseline: rewards centred in their group first, then normalised over the step.
 
-    Loss: as `reinforce_pp` with A = (B - mean B) / (std B + 1e-8), B = R - group mean; unlike GRPO's, its scale does not depend on
-    how much a single group's rewards vary. Weight on grad log pi: gate r A / N.
+    Loss: as `reinforce_pp` with A = (B - mean B) / (std B + 1e-8) over own tokens, B = R - group mean; unlike GRPO's, its scale
+    does not depend on how much a single group's rewards vary. Weight on grad log pi: gate r A / N.
 
     beta: coefficient of a k2 KL term to the reference, 0 for none.
     """
@@ -88,7 +94,7 @@ def _made(credit: Callable[[Batch], Tensor], n: int, epsilon: float, beta: float
     if beta > 0:
         terms.append(kl("kl", on=on, per=per, estimator="k2", coef=beta))
 
-    @says(f"B less its mean, by its standard deviation, both over the tokens of the step, with B = {words_of(credit)}")
+    @says(f"B less its mean, by its standard deviation, both over own tokens of the step, with B = {words_of(credit)}")
     def over_the_step(batch: Batch) -> Tensor:
         return whitened(batch, credit(batch))
 

@@ -34,7 +34,8 @@ def ones(batch: Batch) -> Tensor:
 def centred(batch: Batch, over: tuple[Source, ...] = (Source.EXPERT, Source.POLICY)) -> Tensor:
     """reward minus the mean reward of its group, [B] (Dr. GRPO, arXiv:2503.20783).
 
-    over: whose trajectories the mean is taken over. A group with none of them keeps a mean of 0.
+    over: whose trajectories the mean is taken over. A group with none of them keeps a mean of 0; one alone has nothing to
+    differ from, and gets 0 (verl: its reward).
 
     >>> from crosstrain.testing import tiny_batch
     >>> centred(tiny_batch(rewards=[1.0, 0.0, 0.0, 1.0], groups=[0, 0, 0, 1])).tolist()  # doctest: +ELLIPSIS
@@ -75,9 +76,10 @@ def group_normalised(batch: Batch, std_eps: float = 1e-6, over: tuple[Source, ..
 
 
 def whitened(batch: Batch, values: Tensor, eps: float = 1e-8) -> Tensor:
-    """(values - mean) / (std + eps), [B], mean and std (with n - 1) over all trained tokens of the step, a row counting as often
-    as it has tokens (REINFORCE++, arXiv:2501.03262). values: [B]. With fewer than two tokens, 0."""
-    value, count = _exact(values), batch.trained.sum(dim=1).cpu().to(torch.float64)
+    """(values - mean) / (std + eps), [B], mean and std (with n - 1) over all own trained tokens of the step, a row counting as
+    often as it has such tokens, and not by what tools answered (REINFORCE++, arXiv:2501.03262). values: [B]. With fewer than
+    two tokens, 0."""
+    value, count = _exact(values), batch.written_by(Source.POLICY).sum(dim=1).cpu().to(torch.float64)
     total = count.sum()
     if total < 2:
         return torch.zeros_like(values)
