@@ -21,7 +21,7 @@ from crosstrain.training.record import read_lines
 SMALL: dict[str, dict[str, Any]] = {
     "dapo": {"minibatches": 2},
     "difficulty_curriculum": {"column": "difficulty"},
-    "hpt_soft": {"num_generations": 8},
+    "hpt_soft": {"num_generations": 7},
     "mifo": {"buffer_size": 2, "hardest": 0.4},
     "pear": {"behaviour": "reference"},
     "relift": {"buffer_size": 2},

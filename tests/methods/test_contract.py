@@ -26,7 +26,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("grpo", {"average": "constant", "max_completion_length": 16, "num_generations": 4}),
     ("grpo", {"scale_rewards": "none", "num_generations": 4}),
     ("grpo", {"dynamic_sampling": 3, "minibatches": 2, "num_generations": 4}),
-    ("luffy", {"baseline": "code"}),
+    ("luffy", {"baseline": "rollouts"}),
     ("luffy", {"num_iterations": 2}),
     ("hpt", {"gate": 2}),
     ("sft", {"label_smoothing": 0.1, "neftune_noise_alpha": 5.0}),

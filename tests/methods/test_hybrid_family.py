@@ -152,28 +152,33 @@ def test_dropping_dead_prompts_by_hand() -> None:
 # --- RL-PLUS ----------------------------------------------------------------------------------------------------------
 
 
-def test_rl_plus_by_hand() -> None:
-    """Rollouts of 0 and 0, demonstration 1: A is 1, 0 and 0. p = old = 3/4 and 1/3: den = 13/16 and 1/2, (1 - p)^0.5 = 1/2 and
-    sqrt(2/3). Four tokens."""
-    method = load_method("rl_plus")
+@pytest.mark.parametrize(("baseline", "demo", "own"), [("group", 2 / 3, -1 / 3), ("rollouts", 1, 0)])
+def test_rl_plus_by_hand(baseline: str, demo: float, own: float) -> None:
+    """Rollouts of 0 and 0, demonstration 1: A is 2/3, -1/3 and -1/3, or 1, 0 and 0. p = old = 3/4 and 1/3: den = 13/16 and 1/2,
+    (1 - p)^0.5 = 1/2 and sqrt(2/3). Four tokens."""
+    method = load_method("rl_plus", baseline=baseline)
     groups = [group(answer("EE", 1.0), answer("O", 0.0), answer("O", 0.0))]
     found = weights_of(method, prepared(method, groups), of([[0.75, 1 / 3], [0.5, 1], [0.5, 1]]).log())
-    one, two = 0.5 * 0.75 / (13 / 16), math.sqrt(2 / 3) / 3 / 0.5
-    assert found.logged == pytest.approx(-(one + two) / 4)
-    torch.testing.assert_close(found.weights, of([[one / 4, two / 4], [0, 0], [0, 0]]))
+    one, two = demo * 0.5 * 0.75 / (13 / 16), demo * math.sqrt(2 / 3) / 3 / 0.5
+    assert found.logged == pytest.approx(-(one + two + 2 * own) / 4)
+    torch.testing.assert_close(found.weights, of([[one / 4, two / 4], [own / 4, 0], [own / 4, 0]]))
 
 
-def rl_plus_paper(groups: list[list[Line]]) -> Tensor:
-    """arXiv:2508.00222 eq. 5 to 8 with a uniform density of 1, the baseline over rollouts, over all tokens."""
-    total, tokens = torch.zeros((), dtype=torch.float64), 0
-    for g in groups:
-        baseline = statistics.fmean(line.reward for line in g if not line.expert)
-        for line in g:
-            for x, o in zip(line.logp, line.old, strict=True):
-                old, p = math.exp(o), x.exp()
-                ratio = (1 - p.detach()).sqrt() * 2 * p / (old + 0.5 * (old + 1)) if line.expert else p / old
-                total, tokens = total - (line.reward - baseline) * ratio, tokens + 1
-    return total / tokens
+def rl_plus_paper(baseline: str) -> Paper:
+    """arXiv:2508.00222 eq. 5 to 8 with a uniform density of 1, over all tokens, the baseline as in the authors' two estimators."""
+
+    def loss(groups: list[list[Line]]) -> Tensor:
+        total, tokens = torch.zeros((), dtype=torch.float64), 0
+        for g in groups:
+            mean = statistics.fmean(line.reward for line in g if baseline == "group" or not line.expert)
+            for line in g:
+                for x, o in zip(line.logp, line.old, strict=True):
+                    old, p = math.exp(o), x.exp()
+                    ratio = (1 - p.detach()).sqrt() * 2 * p / (old + 0.5 * (old + 1)) if line.expert else p / old
+                    total, tokens = total - (line.reward - mean) * ratio, tokens + 1
+        return total / tokens
+
+    return loss
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -183,7 +188,8 @@ def test_second_implementations(seed: int) -> None:
     agrees(load_method("chord_phi", mu=0.3, num_iterations=2), chord_paper(0.3, phi=True), groups, seed)
     agrees(load_method("superrl", num_iterations=2), superrl_paper, groups, seed)
     agrees(load_method("superrl", trigger="advantages", num_iterations=2), superrl_paper, groups, seed)
-    agrees(load_method("rl_plus", num_iterations=2), rl_plus_paper, groups, seed)
+    for baseline in ("group", "rollouts"):
+        agrees(load_method("rl_plus", baseline=baseline, num_iterations=2), rl_plus_paper(baseline), groups, seed)
 
 
 # --- prefixes ---------------------------------------------------------------------------------------------------------
@@ -274,6 +280,10 @@ def test_prefix_rft_teaches_the_tokens_it_is_least_sure_of() -> None:
     entropy = of([[9, 9, 9, 9, 9, 9], [9, 1, 4, 3, 2, 9]])
     column = method.columns["taught"](lambda b: Scores(entropy, {"entropy": entropy}), batch)
     assert column.tolist() == [[0] * 6, [0, 0, 1, 1, 0, 0]]
+    third = load_method("prefix_rft", entropy_share=0.3).columns["taught"](
+        lambda b: Scores(entropy, {"entropy": entropy}), batch
+    )
+    assert third.tolist() == [[0] * 6, [0, 0, 1, 1, 0, 0]], "int(0.7 * 4) = 2 of the four are left out, as the authors count"
 
 
 @pytest.mark.parametrize(
@@ -283,7 +293,11 @@ def test_prefix_rft_teaches_the_tokens_it_is_least_sure_of() -> None:
         ("chord_phi", {"demonstration_share": 1.0}, "demonstration_share: got 1.0"),
         ("superrl", {"trigger": "loss"}, "trigger: got 'loss'; allowed: rewards, advantages"),
         ("rl_plus", {"power": 0.0}, "power=0.0; it must be positive"),
-        ("hpt_soft", {"num_generations": 4}, "the table of coefficients is for 8"),
+        ("hpt_soft", {"num_generations": 4}, "the table of coefficients is for 7"),
+        ("rl_plus", {"baseline": "code"}, "baseline: got 'code'; allowed: group, rollouts"),
+        ("superrl", {"trigger": "advantages", "num_generations": 1}, "num_generations: got 1; rewards that may differ need"),
+        ("drop_dead", {"num_generations": 1}, "num_generations: got 1; with fewer than 2 every group would be left out"),
+        ("prefix_rft", {"max_completion_length": 0}, "max_completion_length: got 0; it must be at least 1"),
         ("srft", {"sft_coef": -0.5}, "both must be 0 or positive"),
         ("uft", {"lowest": 0.9, "highest": 0.1}, "lowest not above highest"),
         ("uft", {"hint_coef": -1.0}, "both must be 0 or positive"),
@@ -312,31 +326,32 @@ def test_published_weight_of_a_token() -> None:
 # --- HPT's soft form, SRFT -----------------------------------------------------------------------------------------------
 
 
-def eight(solved: int) -> Group:
-    return group(answer("EE", 1.0), *(answer("O", float(i < solved)) for i in range(8)), name=str(solved))
+def seven(solved: int) -> Group:
+    return group(answer("EE", 1.0), *(answer("O", float(i < solved)) for i in range(7)), name=str(solved))
 
 
-TABLE = [(0, 0, 1), (1, 0, 1), (2, 1 / 8, 1 / 2), (4, 1 / 2, 1 / 8), (5, 1, 0), (8, 1, 0)]
+TABLE = [(0, 0, 1), (1, 1 / 8, 1 / 2), (2, 1 / 4, 1 / 4), (3, 1 / 2, 1 / 8), (4, 1, 0), (7, 1, 0)]
 
 
 @pytest.mark.parametrize(("solved", "own", "demo"), TABLE)
 def test_hpt_soft_by_hand(solved: int, own: float, demo: float) -> None:
-    """One group: b / 2 on each of the demonstration's tokens, a (R - solved / 8) / 8 on each rollout's."""
+    """One group: b / 2 on each of the demonstration's tokens, a (R - solved / 7) / 7 on each rollout's."""
     method = load_method("hpt_soft")
-    found = weights_of(method, prepared(method, [eight(solved)]), torch.full((9, 2), -1.0))
-    expected = [[demo / 2, demo / 2]] + [[own * (float(i < solved) - solved / 8) / 8, 0] for i in range(8)]
+    found = weights_of(method, prepared(method, [seven(solved)]), torch.full((8, 2), -1.0))
+    expected = [[demo / 2, demo / 2]] + [[own * (float(i < solved) - solved / 7) / 7, 0] for i in range(7)]
     torch.testing.assert_close(found.weights, of(expected))
     assert found.logged == pytest.approx(demo)  # -log pi is 1; what rollouts add is 0, for their advantages do
 
 
 def hpt_soft_paper(groups: list[list[Line]]) -> Tensor:
-    """arXiv:2509.04419 with the second table of coefficients in its code; each group counts once."""
-    table = {0: (0, 1), 1: (0, 1), 2: (0.125, 0.5), 3: (0.25, 0.25), 4: (0.5, 0.125)}
+    """arXiv:2509.04419 with the second table of coefficients in its code, which counts the demonstration among the solved; each
+    group counts once."""
+    table = {1: (0, 1), 2: (0.125, 0.5), 3: (0.25, 0.25), 4: (0.5, 0.125)}
     losses = []
     for g in groups:
         own = [line for line in g if not line.expert]
         [demo] = [line for line in g if line.expert]
-        a, b = table.get(sum(line.reward > 0 for line in own), (1, 0))
+        a, b = table.get(sum(line.reward > 0 for line in own) + 1, (1, 0))
         mean, tokens = statistics.fmean(line.reward for line in own), sum(map(len, own))
         rl = sum(-(line.reward - mean) * x for line in own for x in line.logp) / tokens
         losses.append(a * rl - b * sum(demo.logp) / len(demo))
@@ -345,7 +360,7 @@ def hpt_soft_paper(groups: list[list[Line]]) -> Tensor:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_hpt_softs_second_implementation(seed: int) -> None:
-    agrees(load_method("hpt_soft"), hpt_soft_paper, random_groups(seed, own=8, demonstration=True), seed)
+    agrees(load_method("hpt_soft"), hpt_soft_paper, random_groups(seed, own=7, demonstration=True), seed)
 
 
 def srft_weights(logp: Tensor, entropy: Tensor, groups: list[Group]) -> Tensor:

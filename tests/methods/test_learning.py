@@ -139,7 +139,7 @@ def test_dropping_dead_prompts_alone_teaches_nothing_that_is_never_sampled() -> 
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [("luffy", {}), pytest.param("luffy", {"baseline": "code"}, marks=pytest.mark.slow), ("hpt", {})],
+    [("luffy", {}), pytest.param("luffy", {"baseline": "rollouts"}, marks=pytest.mark.slow), ("hpt", {})],
     ids=["luffy", "luffy code", "hpt"],
 )
 def test_demonstrations_beside_rollouts_teach_what_sampling_never_finds(name: str, settings: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_hybrid_family import eight, srft_weights
+from test_hybrid_family import seven, srft_weights
 from test_reward_model import on_values
 from test_token_weights import from_prefixes, replace_first, seen
 from torch import Tensor
@@ -141,15 +141,15 @@ def test_chord_phi_is_chord_mu_with_demonstrations_weighted_by_p_1_minus_p() -> 
     torch.testing.assert_close(ours, torch.where(found.expert, found.p * (1 - found.p) * core, core), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("solved", [0, 1, 5, 8])
+@pytest.mark.parametrize("solved", [0, 4, 7])
 def test_hpt_soft_is_hpt_where_its_table_is_0_and_1(solved: int) -> None:
-    """At most one solved: the demonstration alone, as HPT with a gate of 1; five and more: the rollouts alone."""
-    soft, hpt = load_method("hpt_soft"), load_method("hpt", gate=1)
-    whole = [eight(solved)]
+    """None solved: the demonstration alone, as HPT; four and more: the rollouts alone."""
+    soft, hpt = load_method("hpt_soft"), load_method("hpt")
+    whole = [seven(solved)]
     kept = selected(hpt, whole)
-    demonstrated = solved < 2
-    logp = torch.full((9, 2), -1.0, dtype=F64)
-    rows = slice(0, 1) if demonstrated else slice(1, 9)
+    demonstrated = solved == 0
+    logp = torch.full((8, 2), -1.0, dtype=F64)
+    rows = slice(0, 1) if demonstrated else slice(1, 8)
     expected = weights_of(hpt, prepared(hpt, kept), logp[rows, : 2 if demonstrated else 1]).weights
     found = weights_of(soft, prepared(soft, whole), logp).weights
     torch.testing.assert_close(found[rows, : expected.shape[1]], expected, rtol=0, atol=1e-12)

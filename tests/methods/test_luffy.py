@@ -33,9 +33,9 @@ def test_luffy_by_hand() -> None:
     torch.testing.assert_close(found.weights, tensor([[1 / 24, 0.015], [-1 / 12, 0], [-1 / 12, 0]]))
 
 
-def test_the_code_baseline_by_hand() -> None:
+def test_the_rollouts_baseline_by_hand() -> None:
     """Mean over rollouts only: the demonstration's advantage is 1 and failed rollouts are left alone."""
-    method = load_method("luffy", baseline="code")
+    method = load_method("luffy", baseline="rollouts")
     found = weights_of(method, prepared(method, GROUP), LOGP)
     torch.testing.assert_close(found.weights, tensor([[1 / 16, 0.09 / 4], [0, 0], [0, 0]]))
 
@@ -46,7 +46,7 @@ def luffy_paper(baseline: str, gamma: float) -> Paper:
     def loss(groups: list[list[Line]]) -> Tensor:
         total, tokens = torch.zeros(()), 0
         for g in groups:
-            rewards = [line.reward for line in g if baseline == "paper" or not line.expert]
+            rewards = [line.reward for line in g if baseline == "group" or not line.expert]
             for line in g:
                 advantage = line.reward - sum(rewards) / len(rewards)
                 for logp, old in zip(line.logp, line.old, strict=True):
@@ -59,7 +59,7 @@ def luffy_paper(baseline: str, gamma: float) -> Paper:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("baseline", ["paper", "code"])
+@pytest.mark.parametrize("baseline", ["group", "rollouts"])
 def test_second_implementation(seed: int, baseline: str) -> None:
     method = load_method("luffy", baseline=baseline, gamma=0.2, num_iterations=2)
     agrees(method, luffy_paper(baseline, 0.2), random_groups(seed, own=3, demonstration=True), seed)
@@ -87,7 +87,7 @@ def test_without_a_demonstration_it_is_dr_grpos_advantage_under_a_token_mean() -
 
 
 def test_settings_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(UserError, match="allowed: paper, code"):
+    with pytest.raises(UserError, match="allowed: group, rollouts"):
         load_method("luffy", baseline="repository")
     with pytest.raises(UserError, match="gamma"):
         load_method("luffy", gamma=0.0)

@@ -117,7 +117,7 @@ def test_prefix_rft(seed: int) -> None:
     column = method.columns["taught"](lambda b: seen, batch)  # type: ignore[arg-type]
     batch = prepared(method, groups, old_logp=columns["old_logp"], taught=column[:, 1:])
     places = [(r, t) for r, t, *_, expert in parts(batch, logp) if expert]
-    kept = set(sorted(places, key=lambda at: -float(entropy[at[0], at[1] - 1]))[: round(0.4 * len(places))])
+    kept = set(sorted(places, key=lambda at: -float(entropy[at[0], at[1] - 1]))[: len(places) - int(0.6 * len(places))])
     assert 0 < len(kept) < len(places)
 
     def loss(leaf: Tensor) -> Tensor:

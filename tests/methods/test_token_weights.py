@@ -374,8 +374,8 @@ def one_of_two(own: Formula) -> Formula:
 
 
 def soft(s: Seen) -> Tensor:
-    """Of eight rollouts: the table's a (R - mean) and b."""
-    table = {0: (0, 1), 1: (0, 1), 2: (0.125, 0.5), 3: (0.25, 0.25), 4: (0.5, 0.125)}
+    """Of seven rollouts: the table's a (R - mean) and b."""
+    table = {0: (0, 1), 1: (0.125, 0.5), 2: (0.25, 0.25), 3: (0.5, 0.125)}
     own_rows = ~s.expert.any(dim=1)
     solved_rows = [(own_rows & (s.batch.reward > 0) & (s.batch.group == g)).sum().item() for g in s.batch.group]
     means = [s.batch.reward[own_rows & (s.batch.group == g)].mean() for g in s.batch.group]
@@ -398,8 +398,8 @@ BOTH: dict[str, tuple[dict[str, Any], Formula]] = {
 @pytest.mark.parametrize("name", BOTH)
 def test_of_rollouts_and_a_demonstration(name: str) -> None:
     settings, formula = BOTH[name]
-    failed = group(answer("EEE", 1.0), *(answer("OO", 0.0) for _ in range(8)), name="failed")
-    groups = [*random_groups(5, own=8, demonstration=True), failed]
+    failed = group(answer("EEE", 1.0), *(answer("OO", 0.0) for _ in range(7)), name="failed")
+    groups = [*random_groups(5, own=7, demonstration=True), failed]
     assert_weights(load_method(name, **settings), groups, formula)
 
 

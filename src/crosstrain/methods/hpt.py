@@ -39,8 +39,8 @@ def hpt(num_generations: int = 8, gate: int = 0, sft_coef: float = 1.0, solved_a
         mean over the group's tokens of -A log pi, A = R - mean R      otherwise (no std, no ratio)
     Weight: sft_coef / (T N_groups) on a demonstration, A / (group tokens * N_groups) on rollouts.
 
-    gate: solved rollouts up to which a prompt is imitated; 0 in the paper for Qwen models, 2 for Llama-3.1-8B (solved rollouts are
-    then dropped too). sft_coef: how much imitation counts; 1 in the paper, 0.3 for Qwen2.5-Math-1.5B.
+    gate: solved rollouts up to which a prompt is imitated; 0 in the paper for Qwen models, 2 for Llama-3.1-8B (solved rollouts
+    are then dropped too). sft_coef: how much imitation counts; 1 in the paper, 0.3 for Qwen2.5-Math-1.5B.
     """
     if gate < 0 or gate >= num_generations:
         raise ValueError(f"gate: got {gate}; it must be in [0, num_generations) = [0, {num_generations})")
@@ -62,27 +62,28 @@ def hpt(num_generations: int = 8, gate: int = 0, sft_coef: float = 1.0, solved_a
     )
 
 
-SOFT = ((0.0, 1.0), (0.0, 1.0), (0.125, 0.5), (0.25, 0.25), (0.5, 0.125))
-"""Of rollouts and of the demonstration by the number of solved rollouts, 0 to 4; from 5 on rollouts alone. The authors' second
-table."""
+SOFT = ((0.0, 1.0), (0.125, 0.5), (0.25, 0.25), (0.5, 0.125))
+"""Of rollouts and of the demonstration by the number of solved rollouts, 0 to 3; from 4 on rollouts alone. The authors' second
+table, which counts the demonstration as solved too."""
 
 
 @method(
     paper="arXiv:2509.04419",
     family="hybrid",
-    deviates="One of the three tables in the authors' code; groups count alike, as in `hpt`.",
+    deviates="One of the three tables in the authors' code; groups count alike, as in `hpt`. With the estimator of the authors' "
+    "script the mean would be over the demonstration too.",
 )
-def hpt_soft(num_generations: int = 8, solved_above: float = 0.0) -> Method:
+def hpt_soft(num_generations: int = 7, solved_above: float = 0.0) -> Method:
     """HPT, soft form: per prompt both, weighted by how many rollouts are solved.
 
     Loss: mean over groups of a times the mean over the group's own tokens of -A log pi, A = R - mean R of the rollouts, plus b
-    times the mean over the demonstration's tokens of -log pi. (a, b) is (0, 1) where at most one rollout is solved, then (1/8,
-    1/2), (1/4, 1/4) and (1/2, 1/8) for two, three and four, and (1, 0) from five on: the second of the tables in the authors'
-    code, made for eight rollouts. Weight on grad log pi: a A / (group tokens N_groups) on rollouts, b / (T N_groups) on the
-    demonstration.
+    times the mean over the demonstration's tokens of -log pi. (a, b) is (0, 1) where no rollout is solved, then (1/8, 1/2),
+    (1/4, 1/4) and (1/2, 1/8) for one, two and three, and (1, 0) from four on: the second of the tables in the authors' code,
+    made for a group of seven rollouts and the demonstration; where some got no reward, the share of solved ones counts, times
+    seven. Weight on grad log pi: a A / (group tokens N_groups) on rollouts, b / (T N_groups) on the demonstration.
     """
-    if num_generations != 8:
-        raise ValueError(f"num_generations: got {num_generations}; the table of coefficients is for 8")
+    if num_generations != 7:
+        raise ValueError(f"num_generations: got {num_generations}; the table of coefficients is for 7 beside a demonstration")
 
     @says("a (R - mean R of the rollouts) on rollouts, b on the demonstration")
     def credit(batch: Batch) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
@@ -13,6 +14,9 @@ from crosstrain.objective.advantages import centred
 from crosstrain.objective.denominators import shaped
 from crosstrain.objective.terms import by, surrogate, unclipped
 from crosstrain.types import Batch, Method, Per, Scores, Source, Updates, Value
+
+Baseline = Literal["group", "rollouts"]
+"""Whose mean reward is taken off: that of a group's rollouts and demonstration, or of its rollouts alone."""
 
 
 @method(
@@ -29,14 +33,14 @@ from crosstrain.types import Batch, Method, Per, Scores, Source, Updates, Value
     ),
     deviates=(
         "Divided by the tokens of the whole step; the authors' code divides by a constant length per micro-batch and adds "
-        "an entropy bonus of 0.001. Its baseline is over rollouts alone, the paper's over the demonstration too: a "
-        "setting."
+        "an entropy bonus of 0.001. Its scripts take two optimizer steps per batch (minibatches 2). Read in copies of the "
+        "authors' repository."
     ),
 )
 def luffy(
     num_generations: int = 7,
     gamma: float = 0.1,
-    baseline: Literal["paper", "code"] = "paper",
+    baseline: Baseline = "group",
     num_iterations: int = 1,
     minibatches: int = 1,
 ) -> Method:
@@ -51,13 +55,10 @@ def luffy(
     with A = R - group mean, no std and no clip. Weight: r A on own tokens, A gamma p / (p + gamma)^2 on expert tokens.
 
     num_generations: 7 rollouts beside the demonstration, as in the authors' code. gamma: the probability at which shaping is
-    strongest, 0.1 in the authors' code. baseline: "paper" takes the mean over rollouts and demonstration together; "code" takes it
-    over rollouts only, as the authors' repository does (with all rollouts wrong, the demonstration then has A = 1 and the rollouts
-    0).
+    strongest, 0.1 in the authors' code. baseline: "group" takes the mean over rollouts and demonstration together, as in the paper
+    and in the authors' scripts; "rollouts" over rollouts only, which their code offers too (with all rollouts wrong, the
+    demonstration then has A = 1 and the rollouts 0).
     """
-    if baseline not in ("paper", "code"):
-        raise ValueError(f"baseline: got {baseline!r}; allowed: paper, code")
-    over = (Source.POLICY, Source.EXPERT) if baseline == "paper" else (Source.POLICY,)
     per = Per(("all_tokens",))
     return Method(
         terms=(
@@ -72,9 +73,17 @@ def luffy(
             ),
         ),
         plan=rollouts(num_generations, with_demonstration=True),
-        advantage=functools.partial(centred, over=over),
+        advantage=centred_by(baseline),
         updates=Updates(num_iterations, minibatches),
     )
+
+
+def centred_by(baseline: Baseline) -> Callable[[Batch], Tensor]:
+    """R less its mean over the group, or over the group's rollouts."""
+    if baseline not in ("group", "rollouts"):
+        raise ValueError(f"baseline: got {baseline!r}; allowed: group, rollouts")
+    over = (Source.POLICY, Source.EXPERT) if baseline == "group" else (Source.POLICY,)
+    return functools.partial(centred, over=over)
 
 
 def _shaped_loss(gamma: float) -> Value:

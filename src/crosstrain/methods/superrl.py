@@ -40,6 +40,8 @@ def superrl(
     """
     if trigger not in ("rewards", "advantages"):
         raise ValueError(f"trigger: got {trigger!r}; allowed: rewards, advantages")
+    if trigger == "advantages" and num_generations < 2:
+        raise ValueError(f"num_generations: got {num_generations}; rewards that may differ need at least 2")
 
     def switch(group: Group, state: State) -> Group | None:
         rewards = {float(t.reward or 0.0) for t in group.by(Source.POLICY)}
@@ -84,6 +86,8 @@ def drop_dead(num_generations: int = 8, epsilon: float = 0.2, num_iterations: in
 
     Nothing is drawn in their place, as `dapo` does.
     """
+    if num_generations < 2:
+        raise ValueError(f"num_generations: got {num_generations}; with fewer than 2 every group would be left out")
     term = clipped(
         "rl",
         epsilon,
