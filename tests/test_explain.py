@@ -17,8 +17,8 @@ from crosstrain.errors import UserError
 from crosstrain.explain import GivenBatch, explain
 from crosstrain.methods import METHODS, load_method
 from crosstrain.objective.reduce import count, term_loss
-from crosstrain.testing import made_up_batch, tiny_model
-from crosstrain.types import Batch, Scores, Source
+from crosstrain.testing import made_up_batch, made_up_examples, tiny_model
+from crosstrain.types import Batch, Method, Scores, Source
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples" / "explain").glob("*.json"))
 
@@ -29,6 +29,10 @@ def batch_of(*trajectories: dict[str, Any]) -> GivenBatch:
 
 def own(n: int, reward: float | None, **more: Any) -> dict[str, Any]:
     return {"source": ["prompt"] + ["policy"] * n, "logp": [0.0] + [-1.0] * n, "reward": reward, **more}
+
+
+def shown(n: int, reward: float | None = None, **more: Any) -> dict[str, Any]:
+    return own(n, reward, **more) | {"source": ["prompt"] + ["expert"] * n}
 
 
 def test_grpo_by_hand() -> None:
@@ -56,8 +60,8 @@ def test_the_worked_batches_run_and_print_json(file: Path, capsys: pytest.Captur
     assert "This step would make" in capsys.readouterr().out
 
 
-def given_of(batch: Batch, logp: Tensor) -> GivenBatch:
-    """A made-up batch as a file would have it."""
+def given_of(method: Method, batch: Batch, logp: Tensor) -> GivenBatch:
+    """A made-up batch as a file would have it: with the demonstrations that `select` took away, if any, at the end of groups."""
     groups: dict[int, list[dict[str, Any]]] = {}
     names: dict[int, str] = {}
     for r in range(len(batch)):
@@ -73,7 +77,19 @@ def given_of(batch: Batch, logp: Tensor) -> GivenBatch:
                 row[name] = batch.columns[name][r, :n].nan_to_num().tolist()
         groups.setdefault(int(batch.group[r]), []).append(row)
         names[int(batch.group[r])] = batch.example_ids[r]
-    return parse(GivenBatch, {"groups": [{"id": names[g], "trajectories": rows} for g, rows in groups.items()]})
+    if method.plan.brings("train") and method.plan.start(made_up_examples(method)[0], method.init()):
+        for rows in groups.values():
+            rows += [] if any("policy" not in row["source"] for row in rows) else [taken_away(rows[0])]
+    stream = "demos" if "demos" in method.plan.streams(method.init()) else "train"
+    listed = [{"id": names[g], "stream": stream, "trajectories": rows} for g, rows in groups.items()]
+    return parse(GivenBatch, {"groups": listed})
+
+
+def taken_away(row: dict[str, Any]) -> dict[str, Any]:
+    """A demonstration with the same prompt as a row of a group, and the same lists."""
+    n = row["source"].index("policy")
+    lists = {name: [*values[:n], -9.0] for name, values in row.items() if isinstance(values, list)}
+    return {**lists, "source": ["prompt"] * n + ["expert"]}
 
 
 WHOLE = [name for name in METHODS if load_method(name).channels or load_method(name).comparisons]
@@ -94,8 +110,9 @@ def test_weights_are_those_that_training_reads_off(name: str) -> None:
     counts = count(method.terms, batch, groups=len(torch.unique(batch.group)))
     parts = [term_loss(t, Scores(leaf, {"entropy": entropy}), batch, counts) for t in method.terms]
     (gradient,) = torch.autograd.grad(sum(p.loss for p in parts if p is not None), leaf)
-    found = explain(method, given_of(batch, logp))
-    weights = [t["weights"] for g in found["groups"] for t in g["trajectories"]]
+    found = explain(method, given_of(method, batch, logp))
+    weights = [t["weights"] for g in found["groups"] for t in g["trajectories"] if t["selected"]]
+    assert len(weights) == len(batch)
     for r, row in enumerate(weights):
         assert row == pytest.approx((-gradient[r, : int(batch.length[r])]).tolist(), abs=1e-6), f"row {r}"
 
@@ -125,7 +142,7 @@ def test_a_credit_that_differs_by_token_is_a_list() -> None:
 @pytest.mark.parametrize(
     ("name", "trajectories", "message"),
     [
-        ("dpo", [own(1, 1.0), own(1, 0.0)], "method dpo needs `ref_logp`, which is absent from groups.0.trajectories.0"),
+        ("dpo", [shown(1, 1.0), shown(1, 0.0)], "method dpo needs `ref_logp`, which is absent from groups.0.trajectories.0"),
         (
             "grpo",
             [own(1, 1.0, old_logp=[0, -1]), own(1, 0.0)],
@@ -133,7 +150,7 @@ def test_a_credit_that_differs_by_token_is_a_list() -> None:
         ),
         ("rloo", [own(2, 1.0) | {"logp": [0, -1]}], r"groups.0.trajectories.0.logp: got 2 numbers for 3 tokens"),
         ("rloo", [own(1, 1.0) | {"logp": [0, 0.5]}], r"groups.0.trajectories.0.logp.1: got 0.5; a log-prob is at most 0"),
-        ("rloo", [own(1, 1.0) | {"source": ["policy", "policy"]}], "the first token is one of the prompt's"),
+        ("rloo", [own(1, 1.0) | {"source": ["policy", "policy"]}], "put 'prompt' before it"),
         ("gem", [own(1, 1.0)], "looks at the whole next-token distribution"),
         ("prefix_rft", [own(1, 1.0), own(1, 0.0)], "method prefix_rft needs `entropy`, which is absent"),
     ],
@@ -154,24 +171,29 @@ def test_what_is_wrong_or_missing_is_named(name: str, trajectories: list[dict[st
 )
 def test_a_file_that_is_wrong_is_told_where(tmp_path: Path, change: dict[str, Any], message: str, capsys: Any) -> None:
     file = tmp_path / "batch.json"
-    file.write_text(json.dumps({"groups": [{"trajectories": [own(1, 1.0) | change]}]}).replace("NaN", ".nan"))
+    file.write_text(json.dumps({"groups": [{"trajectories": [own(1, 1.0) | change]}]}))
     assert main(["explain", "rloo", "--batch", str(file)]) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("method", "rewards", "why"),
+    ("method", "author", "rewards", "why"),
     [
-        ("rloo", [1.0, 1.0], "no token has a weight"),
-        ("dapo", [1.0, 1.0], "dapo leaves out every group"),
-        ("dpo", [1.0, 0.0], "no term of dpo is on what the batch has, which is own answers; `crosstrain methods show dpo`"),
+        ("rloo", "policy", [1.0, 1.0], "no token has a weight"),
+        ("dapo", "policy", [1.0, 1.0], "dapo leaves out every group"),
+        (
+            "rloo",
+            "tool",
+            [1.0, 0.0],
+            "no term of rloo is on what the batch has, which is tools' words; `crosstrain methods show rloo`",
+        ),
     ],
 )
 def test_why_a_step_would_teach_nothing(
-    tmp_path: Path, method: str, rewards: list[float], why: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, method: str, author: str, rewards: list[float], why: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "batch.json"
-    rows = [own(2, r) | {"ref_logp": [-1.0] * 3} for r in rewards]
+    rows = [own(2, r) | {"source": ["prompt", author, author]} for r in rewards]
     file.write_text(json.dumps({"groups": [{"trajectories": rows}]}))
     assert main(["explain", method, "--batch", str(file)]) == 0
     assert f"teach nothing: {why}" in " ".join(capsys.readouterr().out.split())

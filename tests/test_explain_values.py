@@ -63,9 +63,11 @@ def test_a_reward_model_moves_rewards_and_no_word() -> None:
 
 def test_values_that_are_missing_are_named() -> None:
     for name, one in (("ppo", {"kl_coef": 0.0}), ("reward_model", {})):
-        lacking = {k: v for k, v in OWN.items() if k not in ("value", "old_value")}
+        lacking = [{k: v for k, v in OWN.items() if k not in ("value", "old_value")}]
+        if name == "reward_model":
+            lacking = [{**lacking[0], "source": ["prompt", "expert", "expert"], "reward": reward} for reward in (1.0, 0.0)]
         with pytest.raises(UserError, match=f"method {name} needs `value`, which is absent from groups.0.trajectories.0"):
-            explain(load_method(name, **one), batch_of(lacking))
+            explain(load_method(name, **one), batch_of(*lacking))
 
 
 def test_it_is_said_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

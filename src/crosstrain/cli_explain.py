@@ -15,7 +15,7 @@ from crosstrain.explain import GivenBatch, explain
 from crosstrain.methods import load_method
 
 UP, DOWN = "green", "red"
-AUTHORS = {"expert": "demonstrations", "policy": "own answers", "tool": "tools' words"}
+AUTHORS = {"expert": "demonstrations", "policy": "own answers", "tool": "tools' words", "prompt": "the prompt"}
 
 
 def explain_batch(name: str, batch: Path, overrides: Sequence[str], *, as_json: bool, console: Console | None = None) -> None:
@@ -59,12 +59,12 @@ def _weights(source: Sequence[str], weights: Sequence[float], largest: float) ->
     """Each token's author and weight, the brighter the larger."""
     line = Text()
     for s, w in zip(source, weights, strict=True):
-        if s == "prompt":
+        if s == "prompt" and not w:
             line.append("· ", style="dim")
             continue
         strong = largest > 0 and abs(w) > 0.5 * largest
         style = "dim" if w == 0 else (("bold " if strong else "") + (UP if w > 0 else DOWN))
-        line.append(f"{s[0]}{w:+.3g} ", style=style)
+        line.append(f"{'·' if s == 'prompt' else s[0]}{w:+.3g} ", style=style)
     return line
 
 
@@ -97,7 +97,8 @@ def _nothing(found: Mapping[str, Any], given: GivenBatch) -> str:
         return f"This step would teach nothing: {found['method']} leaves out every group."
     if any(term["tokens"] for term in found["terms"]):
         return "This step would teach nothing: no token has a weight."
-    there = [name for source, name in AUTHORS.items() if any(source in t.source for g in given.groups for t in g.trajectories)]
+    has = {source for g in given.groups for t in g.trajectories for source in t.source} - {"prompt"}
+    there = [name for source, name in AUTHORS.items() if source in has]
     return (
         f"This step would teach nothing: no term of {found['method']} is on what the batch has, which is {' and '.join(there)}; "
         f"`crosstrain methods show {found['method']}` says what they are on."

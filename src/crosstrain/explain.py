@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from crosstrain.errors import UserError
-from crosstrain.explain_given import OLD, PER_TOKEN, GivenBatch, GivenGroup, GivenTrajectory, to_group
+from crosstrain.explain_checks import as_collected
+from crosstrain.explain_finite import check_finite
+from crosstrain.explain_given import OLD, PER_TOKEN, GivenBatch, GivenGroup, GivenTrajectory, check_signs, to_group
+from crosstrain.explain_state import state_of
 from crosstrain.objective.reduce import count, term_loss
 from crosstrain.training.batching import to_batch, with_advantage
 from crosstrain.training.collect import with_known_rewards
-from crosstrain.types import Batch, Channel, Group, Method, Scores, Weights
+from crosstrain.types import Batch, Channel, Group, Method, Scores, Source, Weights
 
 
 def explain(method: Method, given: GivenBatch) -> dict[str, Any]:
@@ -31,8 +34,9 @@ def explain(method: Method, given: GivenBatch) -> dict[str, Any]:
     weights[t] = -d loss / d logp[t] and value_weights[t] = -d loss / d value[t], divided as in training: 0 for what is not
     selected. An absent `old_logp` or `old_value` means one inner update: the old policy is the current one.
 
-    Raises UserError for lists of the wrong length, for columns the method needs that are absent, for a logp above 0, and for a
-    method that needs the whole distribution, which log-probs of single tokens do not tell.
+    Raises UserError for what the method needs and the batch lacks, or has and the method never could, for numbers out of range and
+    those that make a result no number, and for a method that needs the whole distribution, which log-probs of single tokens do not
+    tell.
 
     >>> from crosstrain.methods import load_method
     >>> one = {"source": ["prompt", "policy"], "logp": [0, -1.0]}
@@ -41,15 +45,13 @@ def explain(method: Method, given: GivenBatch) -> dict[str, Any]:
     [[0.0, 0.5], [0.0, -0.5]]
     """
     if method.channels or method.comparisons:
-        names = ", ".join(sorted({**method.channels, **method.comparisons}))
-        raise UserError(
-            f"method {method.name} looks at the whole next-token distribution ({names}): log-probs of single tokens cannot show "
-            "what it does"
-        )
-    state = method.init() if given.state is None else given.state
+        raise _whole(method, {**method.channels, **method.comparisons})
+    state = state_of(method, given.state, groups=len(given.groups))
     method = method.at(state)
-    groups = [to_group(i, g) for i, g in enumerate(given.groups)]
-    kept = [(i, chosen) for i, g in enumerate(groups) if (chosen := _selected(method, g, state)) is not None]
+    groups = [as_collected(method, state, i, to_group(i, g)) for i, g in enumerate(given.groups)]
+    for i, (g, group) in enumerate(zip(given.groups, groups, strict=True)):
+        check_signs(i, g, group)
+    kept = [(i, chosen) for i, g in enumerate(groups) if (chosen := _selected(method, i, g, state)) is not None]
     answer: dict[str, Any] = {
         "method": method.name,
         "settings": dict(method.settings),
@@ -59,10 +61,9 @@ def explain(method: Method, given: GivenBatch) -> dict[str, Any]:
     }
     if not kept:
         return answer
-    batch = to_batch([g for _, g in kept], step=given.step)
+    batch = _batch_of([g for _, g in kept], step=given.step, seed=int(state["seed"]))
     at = [(i, t.policy_version) for i, g in kept for t in g.trajectories]  # where each row comes from
     rows = [given.groups[i].trajectories[k] for i, k in at]
-    batch = replace(batch, reward=batch.reward.double(), advantage=batch.advantage.double())
     batch = _with_columns(method, batch, at, rows)
     logp = _rectangle(batch, [t.logp for t in rows])
     batch = with_advantage(batch, method.advantage(batch))
@@ -93,10 +94,11 @@ def _worked_out(
     if total.requires_grad:
         found = torch.autograd.grad(total, leaves, allow_unused=True)
     weights = [torch.zeros_like(x) if g is None else -g for x, g in zip(leaves, found, strict=True)]
-    groups = answer["groups"]
+    check_finite(method.name, batch, {t["name"]: t["loss"] for t in terms}, weights, at, rows)
+    groups, credited = answer["groups"], _credited(method, batch)
     for r, ((i, k), t) in enumerate(zip(at, rows, strict=True)):
         groups[i]["selected"] = groups[i]["trajectories"][k]["selected"] = True
-        groups[i]["advantage"][k] = credit(batch.advantage[r], batch.trained[r], len(t.source))
+        groups[i]["advantage"][k] = credit(batch.advantage[r], credited[r], len(t.source))
         for name, weight in zip(("weights", "value_weights"), weights, strict=False):
             groups[i]["trajectories"][k][name] = (weight[r, : len(t.source)] + 0.0).tolist()
     return {"loss": sum(t["loss"] for t in terms), "terms": terms, "groups": groups}
@@ -122,11 +124,50 @@ def _nothing(group: GivenGroup, *, values: bool) -> dict[str, Any]:
     return {"advantage": [None] * len(group.trajectories), "selected": False, "trajectories": trajectories}
 
 
-def _selected(method: Method, group: Group, state: Mapping[str, Any]) -> Group | None:
-    if not method.plan.scored:
-        return method.select(group, state)
-    known = with_known_rewards(group)
-    return None if known is None else method.select(known, state)
+def _selected(method: Method, index: int, group: Group, state: Mapping[str, Any]) -> Group | None:
+    known = with_known_rewards(group) if method.plan.scored else group
+    chosen = None if known is None else method.select(known, state)
+    if chosen is not None and not chosen.trajectories:
+        if method.plan.needs_expert == "demonstration" and not group.by(Source.EXPERT):
+            raise UserError(
+                f"method {method.name} needs a demonstration in groups.{index}, which has none: give a trajectory whose answer is "
+                "tagged `expert`"
+            )
+        raise UserError(
+            f"method {method.name} finds nothing in groups.{index} to train on, where a run always has something: its `source` and "
+            "`reward` are not those of a group that the method collects"
+        )
+    return chosen
+
+
+def _batch_of(groups: Sequence[Group], *, step: int, seed: int) -> Batch:
+    """The rectangle in fp64: rewards, and the ranks that follow from them, are the given numbers."""
+    unknown = [replace(g, trajectories=tuple(replace(t, reward=None) for t in g.trajectories)) for g in groups]
+    batch = to_batch(unknown, step=step, seed=seed)
+    given = [math.nan if t.reward is None else t.reward for g in groups for t in g.trajectories]
+    reward = torch.tensor(given, dtype=torch.float64)
+    known = reward.nan_to_num(nan=-math.inf)
+    better = (batch.group[:, None] == batch.group[None, :]) & (known[None, :] > known[:, None])
+    return replace(batch, reward=reward, rank=better.sum(dim=1), advantage=batch.advantage.double())
+
+
+def _credited(method: Method, batch: Batch) -> Tensor:
+    """[B, T] bool: the tokens of terms that read the method's advantage; -log pi has one of its own, which is 1."""
+    read = torch.zeros_like(batch.trained)
+    for term in method.terms:
+        read |= term.on(batch) & ((batch.advantage == 1) | ("advantage" not in term.slots))
+    return read
+
+
+def _whole(method: Method, names: Iterable[str]) -> UserError:
+    return UserError(
+        f"method {method.name} looks at the whole next-token distribution ({', '.join(sorted(names))}): log-probs of single tokens "
+        f"cannot show what it does; {_with_a_model(method)}"
+    )
+
+
+def _with_a_model(method: Method) -> str:
+    return f"`crosstrain explain {method.name} --model MODEL --data FILE` (or --task NAME) takes the step with a model instead"
 
 
 def _with_columns(method: Method, batch: Batch, at: Sequence[tuple[int, int]], rows: Sequence[GivenTrajectory]) -> Batch:
@@ -152,13 +193,11 @@ def _with_columns(method: Method, batch: Batch, at: Sequence[tuple[int, int]], r
 
     def look(other: Batch, *, of: Weights = "current", channels: Mapping[str, Channel] | None = None) -> Scores:
         if channels:
-            raise UserError(
-                f"method {method.name} looks at the whole next-token distribution ({', '.join(sorted(channels))}): log-probs of "
-                "single tokens cannot show what it does"
-            )
+            raise _whole(method, channels)
         if other is not batch:
             raise UserError(
-                f"method {method.name} scores sequences that are not in the batch; log-probs of these are not given"
+                f"method {method.name} scores sequences that are not in the batch; log-probs of these are not given: "
+                f"{_with_a_model(method)}"
             )
         if of != "current":
             return Scores(batch.columns["ref_logp" if of == "reference" else "teacher_logp"].nan_to_num())

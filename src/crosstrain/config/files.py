@@ -69,18 +69,39 @@ def parse_yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
+def parse_json(text: str, where: str) -> Any:
+    """The value that `text` says as JSON, with an error for a key written twice.
+
+    >>> parse_json('{"learning_rate": 1e-5}', "here")
+    {'learning_rate': 1e-05}
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+            raise UserError(f"{where}: not valid JSON: the key {twice!r} is written twice")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=once)
+    except json.JSONDecodeError as error:
+        problem = error.msg[:1].lower() + error.msg[1:]
+        raise UserError(f"{where}:{error.lineno}:{error.colno}: not valid JSON: {problem}") from error
+
+
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML (or JSON) file."""
+    """The mapping in a file: JSON where its name ends in .json, else YAML."""
     file = Path(path)
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{file}: no such file (looked in {Path.cwd()})") from None
     except IsADirectoryError:
-        raise UserError(f"{file} is a folder; give the YAML file") from None
+        raise UserError(f"{file} is a folder; give the YAML or JSON file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    data = parse_yaml(text, str(file))
+    data = (parse_json if file.suffix == ".json" else parse_yaml)(text, str(file))
     if not isinstance(data, dict):
         raise UserError(f"{file}: expected keys and values at the top level, got {_say(data)}")
     return data

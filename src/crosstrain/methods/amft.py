@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from crosstrain.errors import UserError
 from crosstrain.methods.chord import of_rollouts_and_demonstrations, only_rollouts
 from crosstrain.methods.plans import rollouts_and_demonstrations
 from crosstrain.methods.registry import method
@@ -71,6 +72,10 @@ def amft(
         return after >= 0 and after % meta_every == 0
 
     def coefs(state: State) -> Mapping[str, float]:
+        if not mu_lowest <= state["mu"] <= mu_highest:
+            raise UserError(
+                f"state.mu: got {state['mu']}; amft keeps it within mu_lowest={mu_lowest} and mu_highest={mu_highest}"
+            )
         now = 1.0 if state["step"] < warmup_steps else state["mu"]
         return {"rl": 1 - now, "demo": now}
 
