@@ -269,7 +269,7 @@ def test_sasr_learns_by_both() -> None:
         ("amft", {"meta_lr": 0.0, "meta_every": 5}, "meta_every has no effect: meta_lr is 0"),
         ("amft", {"demonstration_share": 1.0}, "it must be between 0 and 1"),
         ("sasr", {"gamma": 0.0}, "gamma must be positive"),
-        ("sasr", {"num_generations": 0}, "num_generations at least 1"),
+        ("sasr", {"num_generations": 0}, "num_generations: got 0; it must be at least 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(name: str, settings: dict[str, object], message: str) -> None:

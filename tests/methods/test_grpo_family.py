@@ -204,8 +204,8 @@ def test_dual_clip_bounds_a_wrong_answers_loss_by_hand() -> None:
     ("settings", "message"),
     [
         ({"off_policy_correction": "tis"}, "off_policy_correction: got 'tis'; allowed: none, truncate, mask, sequence_mask"),
-        ({"off_policy_correction": "mask", "correction_cap": 0.2}, "cap must be positive and lowest below it"),
-        ({"dual_clip": 1.0}, "it must be above 1"),
+        ({"off_policy_correction": "mask", "correction_cap": 0.2}, "correction_lowest: got 0.5; .* below correction_cap = 0.2"),
+        ({"dual_clip": 1.0}, "dual_clip: got 1.0; it must be above .* 1.2"),
     ],
 )
 def test_corrections_that_make_no_sense_are_refused(settings: dict[str, object], message: str) -> None:
@@ -260,7 +260,7 @@ def test_masked_truncations_are_not_trained_on_but_keep_their_reward_in_the_base
         ({"max_completion_length": 5}, "no other average uses it"),
         ({"scale_rewards": "batch"}, "allowed: group, none"),
         ({"dynamic_sampling": 0}, "at least 1"),
-        ({"epsilon": 1.5}, r"low must be in \(0, 1\)"),
+        ({"epsilon": 1.5}, r"epsilon: got 1.5; it must be in \(0, 1\)"),
         ({"num_iterations": 0}, "at least 1"),
         ({"num_generations": 0}, "num_generations"),
         ({"epsilon_hi": 0.3}, "epsilon_high"),

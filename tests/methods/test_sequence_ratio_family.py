@@ -144,9 +144,9 @@ def test_with_one_update_all_have_grpos_direction(name: str) -> None:
     ("name", "settings", "message"),
     [
         ("cispo", {"bounds": "both"}, "bounds: got 'both'; allowed: cap, band"),
-        ("gspo", {"epsilon": 0.0}, "low must be in"),
-        ("gmpo", {"epsilon": -0.4}, "both must be positive"),
-        ("sapo", {"temperature_pos": 0.0}, "both must be positive"),
+        ("gspo", {"epsilon": 0.0}, r"epsilon: got 0.0; it must be in \(0, 1\)"),
+        ("gmpo", {"epsilon": -0.4}, "epsilon: got -0.4; it must be positive"),
+        ("sapo", {"temperature_pos": 0.0}, "temperature_pos: got 0.0; it must be positive"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(name: str, settings: dict[str, object], message: str) -> None:

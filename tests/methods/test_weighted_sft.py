@@ -122,7 +122,7 @@ def test_published_weight_of_a_token() -> None:
     [
         ("iw_sft", {"weight": "group"}, "weight: got 'group'; allowed: sequence, mean, token"),
         ("iw_sft", {"temperature": 0.0}, "both must be positive"),
-        ("psft", {"epsilon_high": 0.0}, "high positive"),
+        ("psft", {"epsilon_high": 0.0}, "epsilon_high: got 0.0; it must be positive"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(name: str, settings: dict[str, object], message: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from crosstrain.methods.checks import at_least, clip
 from crosstrain.methods.plans import rollouts_and_demonstrations
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import group_normalised
@@ -49,6 +50,10 @@ def chord_mu(
     demonstrations beside 32 prompts in the paper.
     """
     _check(mu=mu, mu_valley=mu_valley)
+    if mu_valley > mu:
+        raise ValueError(f"mu_valley: got {mu_valley} with mu={mu}; mu falls to it, so that it must not be above mu")
+    at_least(0, mu_warmup_steps=mu_warmup_steps)
+    at_least(1, mu_decay_steps=mu_decay_steps)
     return _chord(
         demonstration=nll("demo", on=by(Source.EXPERT), per=Per(("own_tokens",)), coef=1.0),
         mu=warmup_cosine(mu, mu_valley, mu_warmup_steps, mu_decay_steps),
@@ -107,6 +112,7 @@ def chord_phi(
 
 
 def _chord(*, demonstration: Term, mu: Schedule, epsilon: float, updates: Updates, plan: tuple[int, float, str, str]) -> Method:
+    clip(epsilon=epsilon)
     n, share, own, demos = plan
     rl = clipped(
         "rl",

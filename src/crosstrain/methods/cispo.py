@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from crosstrain.methods.checks import inert, positive
 from crosstrain.methods.plans import rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import group_normalised
@@ -43,6 +44,11 @@ def cispo(
     """
     if bounds not in ("cap", "band"):
         raise ValueError(f"bounds: got {bounds!r}; allowed: cap, band")
+    positive(epsilon_high=epsilon_high)
+    if not 0 < epsilon <= 1:
+        raise ValueError(f"epsilon: got {epsilon}; it must be in (0, 1], and with 1 no ratio is cut from below")
+    if bounds == "cap":
+        inert("bounds is 'cap'", epsilon=(epsilon, 0.2))
     cut = capped(None, epsilon_high) if bounds == "cap" else capped(1 - epsilon, 1 + epsilon_high)
 
     def published(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
@@ -82,7 +88,7 @@ def sapo(
 
     temperature_pos, temperature_neg: how narrow the gate is for a positive and a negative advantage; 1 and 1.05 in the paper.
     """
-
+    positive(temperature_pos=temperature_pos, temperature_neg=temperature_neg)
     term = surrogate(
         "rl",
         on=by(Source.POLICY),

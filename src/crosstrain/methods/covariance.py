@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from crosstrain.methods.checks import EQUAL, several
 from crosstrain.methods.plans import drop_equal_rewards, keyed_uniforms, rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import group_normalised
@@ -131,6 +132,8 @@ Choose = Callable[[Tensor, Batch, Tensor], Tensor]
 
 
 def _made(terms: tuple[Term, ...], choose: Choose, n: int, updates: Updates) -> Method:
+    several(n, EQUAL)
+
     def build(look: Look, batch: Batch) -> Tensor:
         logp = batch.columns.get("old_logp")  # the policy that sampled, where it is known already
         logp = look(batch).logp if logp is None else logp

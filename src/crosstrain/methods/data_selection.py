@@ -9,6 +9,7 @@ from fractions import Fraction
 from itertools import accumulate
 
 from crosstrain.errors import UserError
+from crosstrain.methods.checks import several
 from crosstrain.methods.grpo import grpo
 from crosstrain.methods.memory import name_of, solve_rate
 from crosstrain.methods.plans import keyed_uniforms
@@ -180,8 +181,12 @@ def rollout_selection(
 
     keep: rollouts of a prompt that are trained on. beta: the coefficient of `grpo`'s KL term; 0, for none, is a choice.
     """
-    if not 1 <= keep <= num_generations:
-        raise ValueError(f"keep: got {keep}; it must be in [1, num_generations] = [1, {num_generations}]")
+    several(num_generations, "rewards of a single rollout do not vary")
+    if not 2 <= keep <= num_generations:
+        raise ValueError(
+            f"keep: got {keep} with num_generations={num_generations}; it must be in [2, num_generations], as a single reward "
+            "does not vary"
+        )
 
     def select(group: Group, state: State) -> Group | None:
         rows = most_varied([float(t.reward or 0.0) for t in group.trajectories], keep)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from crosstrain.methods.checks import EQUAL, at_least, clip, inert, several
 from crosstrain.methods.plans import drop_equal_rewards, rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import centred, group_normalised
@@ -68,7 +69,14 @@ def grpo(
     With one update per batch r = 1 and the clip is inert. TRL's GRPO differs in its defaults: beta 0, DAPO's token average, and a
     KL term multiplied by r (use_bias_correction_kl).
     """
-    _check(beta, scale_rewards, average, max_completion_length, dynamic_sampling)
+    _check(beta, scale_rewards, average, max_completion_length)
+    _check_correction(off_policy_correction, correction_cap, correction_lowest)
+    clip(epsilon=epsilon, high=epsilon_high, dual_clip=dual_clip)
+    at_least(1, dynamic_sampling=dynamic_sampling)
+    if dynamic_sampling > 1:
+        several(num_generations, EQUAL)
+    if scale_rewards == "none":
+        several(num_generations, "a single completion is its group's mean, and its advantage always 0")
     high = epsilon if epsilon_high is None else epsilon_high
     normalise = seq_mean if average == "sequences" else token_sum
     per = {
@@ -162,7 +170,7 @@ def dapo(
     )
 
 
-def _check(beta: float, scale_rewards: str, average: str, max_completion_length: int | None, draws: int) -> None:
+def _check(beta: float, scale_rewards: str, average: str, max_completion_length: int | None) -> None:
     if beta < 0:
         raise ValueError(f"beta: got {beta}; it must be 0 (no KL) or positive")
     if scale_rewards not in ("group", "none"):
@@ -174,5 +182,18 @@ def _check(beta: float, scale_rewards: str, average: str, max_completion_length:
             f"max_completion_length: got {max_completion_length} with average {average!r}; "
             "average 'constant' needs it and no other average uses it"
         )
-    if draws < 1:
-        raise ValueError(f"dynamic_sampling: got {draws}; it must be at least 1")
+    if max_completion_length is not None:
+        at_least(1, max_completion_length=max_completion_length)
+
+
+def _check_correction(kind: str, cap: float, lowest: float) -> None:
+    if kind not in ("none", "truncate", "mask", "sequence_mask"):
+        raise ValueError(f"off_policy_correction: got {kind!r}; allowed: none, truncate, mask, sequence_mask")
+    if not cap > 0:
+        raise ValueError(f"correction_cap: got {cap}; it must be positive")
+    if not 0 <= lowest < cap:
+        raise ValueError(f"correction_lowest: got {lowest}; it must be 0 or more, and below correction_cap = {cap:g}")
+    if kind == "none":
+        inert("off_policy_correction is 'none'", correction_cap=(cap, 2.0))
+    if kind != "mask":
+        inert(f"off_policy_correction is {kind!r}", correction_lowest=(lowest, 0.5))

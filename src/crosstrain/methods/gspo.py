@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from crosstrain.methods.checks import clip, positive
 from crosstrain.methods.plans import rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import group_normalised
@@ -33,6 +34,7 @@ def gspo(
     optimizer steps per batch. The paper's token form (GSPO-token) has this gradient as long as A is one number per sequence, which
     it is here.
     """
+    clip(epsilon=epsilon, high=epsilon_high)
     term = clipped(
         "rl",
         epsilon,
@@ -62,6 +64,7 @@ def gmpo(num_generations: int = 8, epsilon: float = 0.4, num_iterations: int = 1
     epsilon: the bound of a token's log-ratio, 0.4, so that ratios are in exp(-0.4) to exp(0.4). minibatches: 1,024 rollouts in
     mini-batches of 128 in the paper.
     """
+    positive(epsilon=epsilon)
     term = surrogate(
         "rl",
         on=by(Source.POLICY),

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from crosstrain.methods.checks import EQUAL, several
 from crosstrain.methods.plans import drop_equal_rewards, rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import mean_over, ones
@@ -56,6 +57,7 @@ def nft(
         raise ValueError(
             f"got negative={negative}, floor={floor}, constant={constant}; negative must be 0 or more, the others positive"
         )
+    several(num_generations, EQUAL)
     per = Per((), constant=constant)
     needs = frozenset({"old_logp", "solved"})
     terms = [

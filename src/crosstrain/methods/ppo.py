@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from crosstrain.methods.checks import clip
 from crosstrain.methods.plans import rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.returns import Estimator, gae, kl_penalty, token_rewards, whitened_tokens
@@ -70,6 +71,7 @@ def ppo(
     like any other, with a value of 0 after it.
     """
     _check(kl_coef, kl_estimator, kl_in_reward, cliprange_value, vf_coef, gamma, lam, entropy_coef)
+    clip(cliprange=cliprange, dual_clip=dual_clip)
     on, per = by(Source.POLICY), Per(("own_tokens",))
     in_reward = kl_in_reward and kl_coef > 0
 

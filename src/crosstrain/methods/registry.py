@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from crosstrain.errors import UserError, nearest
+from crosstrain.methods.checks import counts
 from crosstrain.types import Method
 
 Factory = Callable[..., Method]
@@ -85,6 +86,7 @@ def method(
         def make(**settings: Any) -> Method:
             bound = signature.bind(**settings)
             bound.apply_defaults()
+            counts(bound.arguments)
             return replace(factory(**settings), name=factory.__name__, settings=dict(bound.arguments), paper=paper)
 
         survey = direction or DIRECTIONS[family]
@@ -108,10 +110,11 @@ def load_method(name: str, **settings: Any) -> Method:
     allowed = inspect.signature(factory).parameters
     for key in settings:
         if key not in allowed:
-            raise UserError(f"method {name}: unknown setting {key!r}; {nearest(key, allowed)}")
+            hint = nearest(key, allowed) if allowed else "it has no settings"
+            raise UserError(f"method {name}: unknown setting {key!r}; {hint}")
     for key, value in settings.items():
         if value is not None or "None" not in str(allowed[key].annotation):
-            _check_kind(name, key, value, allowed[key].default)
+            _check_kind(name, key, value, _kind(allowed[key]))
     required = [key for key, p in allowed.items() if p.default is p.empty and key not in settings]
     if required:
         raise UserError(f"method {name}: the setting {required[0]!r} has no default; give it a value")
@@ -128,8 +131,16 @@ def factory_of(name: str) -> Factory:
     return _from_file(name) if ".py:" in name else _by_name(name)
 
 
-def _check_kind(name: str, key: str, value: Any, default: Any) -> None:
-    """UserError when a setting is not of its default's kind; a default of None says nothing."""
+def _kind(setting: inspect.Parameter) -> type | None:
+    """What a setting is: its default's kind, and with a default of None what its annotation has beside `None`."""
+    if setting.default is not None:
+        return type(setting.default)
+    plain: dict[str, type] = {"int | None": int, "float | None": float, "str | None": str}
+    return plain.get(str(setting.annotation))
+
+
+def _check_kind(name: str, key: str, value: Any, kind: type | None) -> None:
+    """UserError when a setting is not of its kind; None for a kind says nothing."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = {
         bool: isinstance(value, bool),
@@ -138,8 +149,8 @@ def _check_kind(name: str, key: str, value: Any, default: Any) -> None:
         str: isinstance(value, str),
     }
     words = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}
-    if not fits.get(type(default), True):
-        raise UserError(f"method {name}: {key} must be {words[type(default)]}; got {value!r}")
+    if kind in fits and not fits[kind]:
+        raise UserError(f"method {name}: {key} must be {words[kind]}; got {value!r}")
 
 
 def _by_name(name: str) -> Factory:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from crosstrain.methods.checks import EQUAL, clip, several
 from crosstrain.methods.plans import drop_equal_rewards, right_answers, rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import leave_one_out, ones, positive_reward, raw_reward
@@ -80,6 +81,7 @@ def raft_pp(num_generations: int = 4, epsilon: float = 0.2, num_iterations: int 
     r = pi / pi_old. Weight on grad log pi: A r / N where r <= 1 + epsilon, else 0. With one optimizer step and rewards of 0 and 1,
     the direction of `raft`.
     """
+    clip(epsilon=epsilon)
     term = clipped(
         "kept",
         epsilon,
@@ -106,6 +108,7 @@ def reinforce_rej(num_generations: int = 4) -> Method:
     Loss (logged): -sum_t R log pi(y_t) / N over all tokens of kept groups; a group whose rewards are all equal is dropped. Weight
     on grad log pi: R / N. The paper's rewards are 1 and -1: with 0 for a wrong answer only right ones are trained on.
     """
+    several(num_generations, EQUAL)
     term = surrogate(
         "rl", on=by(Source.POLICY), per=Per(("own_tokens",)), logged=reinforce_loss(token_sum), describe="-R log pi"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from crosstrain.methods.checks import at_least, clip, several
 from crosstrain.methods.memory import name_of, solve_rate
 from crosstrain.methods.registry import method
 from crosstrain.methods.uft import nothing
@@ -66,6 +67,7 @@ def relift(
 
 def rollout_term(epsilon: float, epsilon_high: float) -> Term:
     """PPO's clipped term, a mean over all tokens of rollouts."""
+    clip(epsilon=epsilon, high=epsilon_high)
     return clipped("rl", epsilon, epsilon_high, on=by(Source.POLICY), per=Per(("own_tokens",)))
 
 
@@ -74,8 +76,8 @@ def buffered(
 ) -> tuple[Plan, Callable[[State, Sequence[Group]], State]]:
     """A plan of rollouts, and of demonstrations once buffer_size prompts with a solve rate of at most `hardest` wait in the state's
     `buffer`; and what remembers these prompts, and in `imitated` whether a step was one of demonstrations."""
-    if num_generations < 1 or buffer_size < 1:
-        raise ValueError(f"got num_generations={num_generations}, buffer_size={buffer_size}; both must be at least 1")
+    several(num_generations, "a single rollout is its group's mean, and its advantage always 0")
+    at_least(1, buffer_size=buffer_size)
 
     def due(state: State) -> bool:
         return len(state["buffer"]) >= buffer_size

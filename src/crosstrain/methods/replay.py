@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crosstrain.methods.checks import positive
 from crosstrain.methods.memory import as_json, name_of, replayed, solve_rate
 from crosstrain.methods.plans import keyed_uniforms
 from crosstrain.methods.registry import method
@@ -73,6 +74,8 @@ def replay(
         )
     if rate_std <= 0 or per_prompt < 1 or capacity < 1:
         raise ValueError(f"got rate_std={rate_std}, per_prompt={per_prompt}, capacity={capacity}; they must be positive")
+
+    positive(gamma=gamma)
 
     def following(group: Group, state: State) -> Sequence[Request]:
         new = [t for t in group.by(Source.POLICY) if not t.replayed]

@@ -47,10 +47,9 @@ def sasr(
     KL term, that of `grpo`; 0 turns it off. rollouts_from, demonstrations_from: the data streams, one of which a step draws all its
     examples from.
     """
-    if gamma <= 0 or warmup_steps < 0 or num_generations < 1 or beta < 0:
+    if gamma <= 0 or warmup_steps < 0 or beta < 0:
         raise ValueError(
-            f"got gamma={gamma}, warmup_steps={warmup_steps}, num_generations={num_generations}, beta={beta}; gamma must be "
-            "positive, num_generations at least 1 and the others at least 0"
+            f"got gamma={gamma}, warmup_steps={warmup_steps}, beta={beta}; gamma must be positive and the others at least 0"
         )
     imitates = functools.partial(imitates_at, gamma=gamma, warmup_steps=warmup_steps)
 

@@ -115,10 +115,12 @@ def _divergence(mode: str, alpha: float, k: int | None, tail: bool) -> Divergenc
     if not 0 <= alpha <= 1:
         raise ValueError(f"distillation_alpha: got {alpha}; it must be from 0 (forward KL) to 1 (reverse KL)")
     if mode != "topk_logits" and (k is not None or tail):
-        name = "distillation_add_tail" if k is None else "distillation_topk"
-        raise ValueError(f"{name} has an effect in mode topk_logits alone; got distillation_mode={mode!r}")
+        got = f"distillation_add_tail: got {tail}" if k is None else f"distillation_topk: got {k}"
+        raise ValueError(f"{got}, which has an effect in mode topk_logits alone; got distillation_mode={mode!r}")
     if mode == "sampled_token" and alpha != 1:
         raise ValueError(f"distillation_mode: sampled_token is the reverse KL: distillation_alpha must be 1; got {alpha}")
+    if k is not None and k < 1:
+        raise ValueError(f"distillation_topk: got {k}; it must be at least 1")
     if mode == "topk_logits":
         return on_top_k(alpha, 100 if k is None else k, tail)
     return at_the_target if mode == "sampled_token" else generalised_jsd(alpha)

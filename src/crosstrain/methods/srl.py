@@ -8,6 +8,7 @@ from dataclasses import replace
 from difflib import SequenceMatcher
 
 from crosstrain.methods.bread import shown
+from crosstrain.methods.checks import at_least, several
 from crosstrain.methods.grpo import grpo
 from crosstrain.methods.plans import cuts, keyed_uniforms, told
 from crosstrain.methods.registry import method
@@ -62,6 +63,9 @@ def srl(
         raise ValueError(f"got steps={steps}, step_end={step_end}; give a positive number of steps, or steps=0 and step_end")
     if min_reward_std < 0:
         raise ValueError(f"min_reward_std: got {min_reward_std}; it must not be negative")
+
+    at_least(1, dynamic_sampling=dynamic_sampling)
+    several(num_generations, "the spread of a single reward is none")
 
     def ends(example: Example) -> list[int]:
         answer = told(example)

@@ -48,6 +48,9 @@ def trapo(lowest: float = 0.1, solved_above: float = 0.0, num_iterations: int = 
     reward is solved.
     """
 
+    if not 0 < lowest <= 1:
+        raise ValueError(f"lowest: got {lowest}; it must be in (0, 1]")
+
     def following(group: Group, state: State) -> Sequence[Request]:
         answer, done = told(group.example), 0
         solved = sum(t.reward is not None and t.reward > solved_above for t in group.trajectories)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 
+from crosstrain.methods.checks import at_least, clip
 from crosstrain.methods.plans import keyed_uniforms, told
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import group_normalised
@@ -63,6 +64,8 @@ def uft(
         raise ValueError(f"got hint_coef={hint_coef}, beta={beta}; both must be 0 or positive")
     if not 0 <= lowest <= highest <= 1:
         raise ValueError(f"got lowest={lowest}, highest={highest}; they must be in [0, 1], lowest not above highest")
+    at_least(1, hint_steps=hint_steps)
+    clip(epsilon=epsilon)
     chance = cosine(highest, lowest, hint_steps)
 
     def hint(example: Example, state: State) -> tuple[int, ...]:

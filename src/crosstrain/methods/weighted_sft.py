@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from crosstrain.methods.checks import clip, inert
 from crosstrain.methods.plans import demonstrations
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import ones
@@ -30,6 +31,7 @@ def psft(epsilon: float = 0.2, epsilon_high: float = 0.28, num_iterations: int =
     epsilon: the lower bound of the clip, which never acts, as A is 1. epsilon_high: the upper bound of the clip, 0.28 in the
     authors' code. minibatches: the paper's 64 examples in eight optimizer steps. With one, r = 1 and this is `sft`.
     """
+    clip(epsilon=epsilon, high=epsilon_high)
     term = clipped(
         "demo",
         epsilon,
@@ -70,6 +72,8 @@ def iw_sft(
         raise ValueError(f"weight: got {weight!r}; allowed: sequence, mean, token")
     if temperature <= 0 or highest <= 0:
         raise ValueError(f"got temperature={temperature}, highest={highest}; both must be positive")
+    if weight == "token":
+        inert("weight is 'token', whose bounds are 0.2 and 1.8", highest=(highest, 16.0))
     den = _reweighted(weight, temperature, highest)
 
     def published(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
