@@ -193,6 +193,9 @@ def test_methods_shows_the_terms_and_settings_of_each(name: str) -> None:
         ("luffy", ["policy", "expert"]),
         ("raft", ["policy"]),
         ("replay", ["policy", "policy (replayed)"]),
+        ("nft", ["policy (reward above 0)", "policy (reward not above 0)"]),
+        ("srft", ["expert", "expert", "policy (reward above 0)", "policy (reward not above 0)"]),
+        ("orpo", ["expert (best row)", "expert"]),
     ],
 )
 def test_whose_tokens_a_term_is_on(name: str, on: list[str]) -> None:

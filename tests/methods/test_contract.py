@@ -58,6 +58,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("mifo", {"buffer_size": 2, "num_generations": 4}),
     ("srl", {"think_end": "", "num_generations": 4}),
     ("rollout_selection", {"keep": 3, "num_generations": 6}),
+    ("raft", {"average": "all"}),
+    ("reinforce_rej", {"average": "all"}),
 ]
 
 

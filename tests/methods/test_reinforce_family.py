@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -67,6 +68,48 @@ def test_reinforce_rej_by_hand() -> None:
     found = weights_of(method, batch, LOGP)
     assert found.logged == pytest.approx((6 - 1) * LN2 / 4)
     torch.testing.assert_close(found.weights, tensor([[1 / 4, 1 / 4, 1 / 4], [-1 / 4, 0, 0]]))
+
+
+def test_over_all_tokens_raft_and_reinforce_rej_by_hand() -> None:
+    """The authors' code: four tokens of the group of unequal rewards and two of one that is always right count, not four alone."""
+    mixed, solved = group(answer("OOO", 1.0), answer("O", -1.0)), group(answer("O", 1.0), answer("O", 1.0), name="b")
+    logp = torch.cat([LOGP, LOGP[1:], LOGP[1:]])
+    for name, expected, loss in (
+        ("raft", [[1 / 6] * 3, [0, 0, 0], [1 / 6, 0, 0], [1 / 6, 0, 0]], (6 + 1 + 1) * LN2 / 6),
+        ("reinforce_rej", [[1 / 6] * 3, [-1 / 6, 0, 0], [0, 0, 0], [0, 0, 0]], (6 - 1) * LN2 / 6),
+    ):
+        method = load_method(name, average="all")
+        batch = prepared(method, [mixed, solved])
+        found = weights_of(method, batch, logp)
+        assert len(batch) == 4 and found.logged == pytest.approx(loss)
+        torch.testing.assert_close(found.weights, tensor(expected), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["raft", "reinforce_rej"])
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_averaged_over_changes_the_size_of_a_step_and_not_its_direction(name: str, seed: int) -> None:
+    groups = [*random_groups(seed, own=4), group(answer("OO", 0.0), answer("O", 0.0), name="wrong")]
+    over_all, over_kept = load_method(name, average="all"), load_method(name)
+    logp, batch = random_logps(over_all, groups, seed)
+    remaining = selected(over_kept, groups)
+    stays = {id(t) for g in remaining for t in g.trajectories}
+    rows = [id(t) in stays for g in groups for t in g.trajectories]
+    assert 0 < sum(rows) < len(rows)
+    found = weights_of(over_all, batch, logp).weights
+    kept = prepared(over_kept, groups)
+    expected = weights_of(over_kept, kept, logp[rows][:, : kept.tokens.shape[1] - 1]).weights
+    assert float(found[[not row for row in rows]].abs().max()) == 0
+    tokens = [sum(len(t.response) for g in gs for t in g.trajectories) for gs in (remaining, groups)]
+    torch.testing.assert_close(found[rows][:, : expected.shape[1]], expected * tokens[0] / tokens[1], rtol=0, atol=1e-12)
+
+
+def test_raft_over_all_tokens_is_raft_pp_with_one_update_and_rewards_of_1_and_0() -> None:
+    groups = [group(answer("OO", 1.0), answer("OOO", 0.0)), group(answer("O", 0.0), answer("OO", 0.0), name="b")]
+    methods = (load_method("raft", average="all"), load_method("raft_pp", minibatches=1))
+    logp, _ = random_logps(methods[0], groups, 0)
+    found, expected = (weights_of(m, prepared(m, groups), logp).weights for m in methods)
+    assert float(expected.abs().max()) > 0
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_remax_by_hand() -> None:
@@ -171,6 +214,17 @@ def reinforce_rej_paper(groups: list[list[Line]]) -> Tensor:
     return sum(tokens) / len(tokens)
 
 
+def over_all_paper(kept: Callable[[list[Line], Line], float]) -> Paper:
+    """RLHFlow/Minimal-RL as a fork has it, `compute_raft_outcome_advantage` and `compute_reinforce_rej_outcome_advantage` under a
+    mean over all tokens: -A log p."""
+
+    def loss(groups: list[list[Line]]) -> Tensor:
+        tokens = [-kept(g, line) * x for g in groups for line in g for x in line.logp]
+        return sum(tokens) / len(tokens)
+
+    return loss
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_second_implementations(seed: int) -> None:
     groups = random_groups(seed, own=4)
@@ -179,6 +233,9 @@ def test_second_implementations(seed: int) -> None:
     agrees(load_method("reinforce_pp_baseline", num_iterations=2), reinforce_pp_paper(centre=True), groups, seed)
     agrees(load_method("reinforce_rej"), reinforce_rej_paper, groups, seed)
     agrees(load_method("reinforce"), reinforce_paper, groups, seed)
+    agrees(load_method("raft", average="all"), over_all_paper(lambda g, line: float(line.reward > 0)), groups, seed)
+    differs = over_all_paper(lambda g, line: line.reward if len({other.reward for other in g}) > 1 else 0.0)
+    agrees(load_method("reinforce_rej", average="all"), differs, groups, seed)
     agrees(load_method("rloo"), rloo_paper, groups, seed)
     agrees(load_method("raft"), raft_paper, groups, seed)
 

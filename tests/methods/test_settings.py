@@ -99,6 +99,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("srl", {"num_generations": 1}, "num_generations: got 1; the spread of a single reward is none"),
     ("rollout_selection", {"keep": 1}, "keep: got 1 with num_generations=64; it must be in [2, num_generations]"),
     ("rollout_selection", {"num_generations": 1, "keep": 1}, "num_generations: got 1; rewards of a single rollout do not vary"),
+    ("raft", {"average": "sampled"}, "average: got 'sampled'; allowed: kept, all"),
+    ("reinforce_rej", {"average": "tokens"}, "average: got 'tokens'; allowed: kept, all"),
     # without effect, or the other way round
     ("iw_sft", {"weight": "token", "highest": 4.0}, "highest: got 4.0, which has no effect, as weight is 'token'"),
     ("chord_mu", {"mu": 0.1, "mu_valley": 0.5}, "mu_valley: got 0.5 with mu=0.1; mu falls to it"),

@@ -151,10 +151,11 @@ def needs_of(method: Method) -> list[str]:
 
 
 def on_what(term: Term) -> str:
-    """Whose tokens a term is on, found by asking it about a pair of rows that hold a token of each author.
+    """Whose tokens a term is on, and of which rows, found by asking it about rows with a token of each author: a group's best row
+    and another, each with a reward above 0 and with a reward of 0.
 
-    >>> on_what(load_method("sft").terms[0])
-    'expert'
+    >>> on_what(load_method("sft").terms[0]), on_what(load_method("dpo_nll").terms[1]), on_what(load_method("nft").terms[1])
+    ('expert', 'expert (best row)', 'policy (reward not above 0)')
     """
     probe = _probe()
     remembered = probe.with_columns(replayed=torch.ones_like(probe.reward))
@@ -172,26 +173,35 @@ def _hit(term: Term, probe: Batch) -> str:
     hit = term.on(probe)
     parts = []
     for source in (Source.EXPERT, Source.POLICY, Source.TOOL):
-        best, other = bool(hit[0, source]), bool(hit[1, source])
-        if best or other:
-            which = "" if best and other else " (best row)" if best else " (not the best row)"
-            parts.append(source.name.lower() + which)
+        rows = tuple(hit[:, source].tolist())
+        if any(rows):
+            parts.append(source.name.lower() + WHICH.get(rows, " (some rows)"))
     return ", ".join(parts)
 
 
+WHICH = {
+    (True, True, True, True): "",
+    (True, True, False, False): " (best row)",
+    (False, False, True, True): " (not the best row)",
+    (True, False, True, False): " (reward above 0)",
+    (False, True, False, True): " (reward not above 0)",
+}
+"""By which rows of the probe are hit: the best with and without a reward, another with and without."""
+
+
 def _probe() -> Batch:
-    source = torch.tensor([[int(s) for s in Source]] * 2)
+    source = torch.tensor([[int(s) for s in Source]] * 4)
     nan = torch.full(source.shape, float("nan"))
     return Batch(
         tokens=torch.zeros_like(source),
         source=source,
         trained=source != int(Source.PROMPT),
-        group=torch.zeros(2, dtype=torch.long),
-        rank=torch.tensor([0, 1]),
-        reward=torch.tensor([1.0, 0.0]),
+        group=torch.zeros(4, dtype=torch.long),
+        rank=torch.tensor([0, 0, 1, 1]),
+        reward=torch.tensor([1.0, 0.0, 1.0, 0.0]),
         advantage=nan,
         columns={},
-        example_ids=("a", "b"),
-        prompt_length=torch.ones(2, dtype=torch.long),
-        length=torch.full((2,), source.shape[1]),
+        example_ids=("a", "b", "c", "d"),
+        prompt_length=torch.ones(4, dtype=torch.long),
+        length=torch.full((4,), source.shape[1]),
     )

@@ -62,10 +62,14 @@ def cdpo(beta: float = 0.1, label_smoothing: float = 0.1) -> Method:
 @method(
     paper="arXiv:2404.19733",
     family="preference",
-    checked="port",
+    checked="paper",
     works=(
         "Keeps the chosen answers' probability from falling in iterated preference optimisation of reasoning "
         "(arXiv:2404.19733)."
+    ),
+    deviates=(
+        "The likelihood is a mean over each chosen answer and then over pairs, as in the paper; TRL (rpo_alpha, later the loss "
+        "`sft`) takes one mean over all chosen tokens of a micro-batch, as `cpo` does over those of the step."
     ),
 )
 def dpo_nll(beta: float = 0.1, nll_coef: float = 1.0) -> Method:

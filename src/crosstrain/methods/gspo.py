@@ -54,12 +54,18 @@ def gspo(
     )
 
 
-@method(paper="arXiv:2507.20673", family="reinforcement learning")
+@method(
+    paper="arXiv:2507.20673",
+    family="reinforcement learning",
+    deviates="A group's std gets GRPO's 1e-6 added, so that with one update the gradient is that of `grpo`; the authors' code adds "
+    "1e-8 (TRL: 1e-4).",
+)
 def gmpo(num_generations: int = 8, epsilon: float = 0.4, num_iterations: int = 1, minibatches: int = 8) -> Method:
     """GMPO: the geometric mean of the tokens' ratios, each clipped by itself.
 
     Loss: mean over sequences of -A rho, rho = exp(mean_t clip(log(pi / pi_old))), where a log-ratio is cut at +epsilon for A > 0
-    and at -epsilon for A < 0. Weight on grad log pi: A rho / (T_i N), 0 for tokens whose log-ratio is cut.
+    and at -epsilon for A < 0, with the group-normalised A of `grpo`. Weight on grad log pi: A rho / (T_i N), 0 for tokens whose
+    log-ratio is cut.
 
     epsilon: the bound of a token's log-ratio, 0.4, so that ratios are in exp(-0.4) to exp(0.4). minibatches: 1,024 rollouts in
     mini-batches of 128 in the paper.

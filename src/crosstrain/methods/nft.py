@@ -44,8 +44,9 @@ def nft(
     weight of the group, summed over tokens and divided by `constant`,
         right answers    -w log R
         wrong answers    -negative w log max((1 - q R) / (1 - q), floor)
+    where log R is cut at 10, as in the authors' code.
     Weight on grad log pi: w on right answers' tokens, -negative w q R / ((1 - q) max((1 - q R) / (1 - q), floor)) on wrong ones',
-    since the floor lets the gradient through. Groups whose rewards are all equal are dropped.
+    since the floor lets the gradient through; 0 where log R is cut. Groups whose rewards are all equal are dropped.
 
     weight: of a group: w = 1 - q ("centred": at R = 1 Dr. GRPO's direction), sqrt((1 - q) / q) ("normalised": GRPO's) or 1.
     negative: how much wrong answers count; 0 is rejection sampling. constant: what the authors' code divides by, whatever the

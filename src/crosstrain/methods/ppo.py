@@ -58,13 +58,13 @@ def ppo(
     Weight on grad log pi: gate r A / N; on grad V: vf_coef (R - V) / N, 0 where V left the clip and the clipped loss is the larger.
 
     kl_coef: the coefficient of the KL to the reference; 0 turns it off. kl_estimator: how KL_t is estimated from d = log pi - log
-    ref: "k1" d, "k2" d^2 / 2, "k3" exp(-d) - 1 + d. kl_in_reward: True takes the KL off the reward; False makes the KL a loss of
-    its own, kl_coef times kl_estimator (k1 has no expected gradient there). cliprange: how far below and above 1 the ratio may be.
-    cliprange_value: how far V may be from V_old; 0 does not clip. vf_coef: how much the critic's loss counts, and so how much it
-    moves the language model that both share. gamma: the discount. lam: GAE's lambda; 1 sums up all that follows, 0 looks one token
-    ahead. whiten_rewards: True divides r_t by its std over the step, its mean kept. entropy_coef: the coefficient of the paper's
-    entropy bonus, 0 for none. dual_clip: for A < 0 the loss is at most -dual_clip A (verl: 3). num_ppo_epochs: passes over what was
-    collected. num_mini_batches: optimizer steps that a pass is cut into, by group.
+    ref: "k1" d, "k2" d^2 / 2, "k3" exp(-d) - 1 + d. kl_in_reward: True takes the KL of the policy that sampled off the reward;
+    False makes the KL a loss of its own, kl_coef times kl_estimator (k1 has no expected gradient there). cliprange: how far below
+    and above 1 the ratio may be. cliprange_value: how far V may be from V_old; 0 does not clip. vf_coef: how much the critic's loss
+    counts, and so how much it moves the language model that both share. gamma: the discount. lam: GAE's lambda; 1 sums up all that
+    follows, 0 looks one token ahead. whiten_rewards: True divides r_t by its std over the step, its mean kept. entropy_coef: the
+    coefficient of the paper's entropy bonus, 0 for none. dual_clip: for A < 0 the loss is at most -dual_clip A (verl: 3).
+    num_ppo_epochs: passes over what was collected. num_mini_batches: optimizer steps that a pass is cut into, by group.
 
     Names and defaults are those of TRL's PPOConfig. The stage's `value_learning_rate` says how fast the head itself learns. Tokens
     that a tool or a user wrote inside a response are skipped: own tokens around them are neighbours. A response that was cut ends

@@ -39,8 +39,8 @@ def remax(
     completion got no reward is dropped.
 
     average: what N counts: sequences, the paper's estimator, or all sampled tokens, as the authors' code divides. kl_coef, gamma:
-    as in that code, A of the k-th of n tokens is gamma^(n - k + 1) (R - R_greedy) - kl_coef (log pi - log ref), each token paying
-    its own KL only; its scripts have 0.05 and 0.99, the paper's estimator neither.
+    as in that code, A of the k-th of n tokens is gamma^(n - k + 1) (R - R_greedy) - kl_coef (log pi_old - log ref), pi_old the
+    policy that sampled, each token paying its own KL only; its scripts have 0.05 and 0.99, the paper's estimator neither.
     """
     if num_generations < 1:
         raise ValueError(f"num_generations: got {num_generations}; it must be at least 1")

@@ -23,7 +23,9 @@ KEPT = "kept"
     family="supervised",
     works="Its authors report consistent gains over training on all tokens of 50,000 instruction rows (arXiv:2502.01968).",
     deviates="The authors rank all tokens of a data set once per round, and with the fixed variant train the base model anew; here "
-    "the tokens of a step are ranked (scope) with the policy as it is, so that the reference model evolves with every step.",
+    "the tokens of a step are ranked (scope) with the policy as it is, so that the reference model evolves with every step. "
+    "At least one token is kept, of a step or of each demonstration, and all that equal the last one kept; the authors keep "
+    "int(share N) of N, which may be none, and of equal ones the first.",
 )
 def token_cleaning(share: float = 0.6, scope: Literal["step", "sequence"] = "step") -> Method:
     """Token cleaning, self-evolving: only demonstration tokens that training has made likelier are trained on.

@@ -29,7 +29,8 @@ ROUNDS = ((4, 0.0, 0), (2, 0.25, 2), (1, 0.5, 4), (1, 1.0, 7))
     direction="(SFT ->) RL",
     deviates=(
         "Prefixes are cut between tokens, in the authors' code at the next paragraph; divided by all tokens of the step, "
-        "untaught prefixes among them, there by a constant length per micro-batch."
+        "untaught prefixes among them, there by a constant length per micro-batch. The last rollout's hint is all of the "
+        "demonstration but its end, and the policy ends the answer; the authors take the end token too and drop what is sampled."
     ),
 )
 def trapo(lowest: float = 0.1, solved_above: float = 0.0, num_iterations: int = 1, minibatches: int = 1) -> Method:

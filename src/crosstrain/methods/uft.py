@@ -30,7 +30,8 @@ CHUNKS = 5
     ),
     deviates=(
         "Demonstrations are cut between tokens; the authors cut between the steps of a solution. A hint's tokens count "
-        "once for each rollout."
+        "once for each rollout. Their KL (verl's low_var_kl) is cut at 10 per token, beyond which it has no gradient; here it is "
+        "not. Their script takes several optimizer steps per batch (minibatches), here the default is one."
     ),
 )
 def uft(
@@ -55,7 +56,8 @@ def uft(
 
     hint_steps: the steps that have hints, 300 of 500 in the paper. highest, lowest: the probability at first and in the end, 0.95
     and 0.05 in the paper. hint_coef: how much imitation of hints counts, 0.001 in the authors' script. beta: how much the KL
-    counts, 0.001 in the authors' script.
+    counts, 0.001 in the authors' script. minibatches: optimizer steps that a pass is cut into, by group; 4 in the authors' script,
+    256 prompts in mini-batches of 64.
 
     A demonstration's last token, which ends the answer, is never part of a hint. The authors
     cut demonstrations between steps of a solution, here they are cut between tokens. A hint's tokens count once for each rollout.

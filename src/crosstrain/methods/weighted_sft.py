@@ -48,7 +48,8 @@ def psft(epsilon: float = 0.2, epsilon_high: float = 0.28, num_iterations: int =
     family="supervised",
     deviates=(
         "The default weight is the paper's ratio of trajectories; the authors' code takes the exponential of the mean "
-        'log-ratio, which is the setting "mean". The bound of 16 is theirs.'
+        'log-ratio, which is the setting "mean". The bound of 16 is theirs. Their variant by token has no temperature, here '
+        "one may be set."
     ),
 )
 def iw_sft(
