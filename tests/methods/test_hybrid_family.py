@@ -260,8 +260,9 @@ def test_prefix_rft_asks_for_plain_rollouts_and_one_prefix() -> None:
             lengths[name].append(len(rest[0].prefix) if rest else 0)
     assert set(lengths["early"]) == {19}
     late_ones = lengths["late"]
-    assert min(late_ones) == 1 and max(late_ones) == 19 and statistics.fmean(late_ones) == pytest.approx(10, abs=1.5)
+    assert min(late_ones) == 1 and max(late_ones) == 18 and statistics.fmean(late_ones) == pytest.approx(10, abs=1.5)
     assert [r.n for r in method.plan.next(demonstrated(1), early)] == [8], "nothing of an answer of one token can be given away"
+    assert [len(r.prefix) for r in method.plan.next(demonstrated(2), late)] == [0, 1], "of any other at least one token is"
 
 
 def test_prefix_rft_shows_between_its_bounds() -> None:
@@ -295,8 +296,8 @@ def test_prefix_rft_teaches_the_tokens_it_is_least_sure_of() -> None:
         ("rl_plus", {"power": 0.0}, "power=0.0; it must be positive"),
         ("hpt_soft", {"num_generations": 4}, "the table of coefficients is for 7"),
         ("rl_plus", {"baseline": "code"}, "baseline: got 'code'; allowed: group, rollouts"),
-        ("superrl", {"trigger": "advantages", "num_generations": 1}, "num_generations: got 1; rewards that may differ need"),
-        ("drop_dead", {"num_generations": 1}, "num_generations: got 1; with fewer than 2 every group would be left out"),
+        ("superrl", {"trigger": "advantages", "num_generations": 1}, "num_generations: got 1; a prompt with a single"),
+        ("drop_dead", {"num_generations": 1}, "num_generations: got 1; the rewards of a single completion are all equal"),
         ("prefix_rft", {"max_completion_length": 0}, "max_completion_length: got 0; it must be at least 1"),
         ("srft", {"sft_coef": -0.5}, "both must be 0 or positive"),
         ("uft", {"lowest": 0.9, "highest": 0.1}, "lowest not above highest"),

@@ -209,6 +209,16 @@ def test_replay_draws_prompts_by_their_rate_each_once() -> None:
     assert draw(turned, 9, 0.5, 0.3) == whole, "the order of a dictionary that was saved changes nothing"
 
 
+def test_of_two_replayed_prompts_the_second_has_the_same_chances_of_its_rate() -> None:
+    """Two prompts of rate 1/2 and many of 1/4, alike far from the target: whichever came first, half of the draws are of 1/2."""
+    memory = {f"train:{i}": {"rate": 0.5 if i < 2 else 0.25, "kept": []} for i in range(42)}
+    found = [0, 0, 0]
+    for step in range(2000):
+        names = draw({"memory": memory, "seed": 0, "step": step}, 2, 0.375, 1.0)
+        found[sum(memory[n]["rate"] == 0.5 for n in names)] += 1
+    assert [n / 2000 for n in found] == pytest.approx([0.25, 0.5, 0.25], abs=0.035)
+
+
 def test_the_likeliest_rollout_is_replayed() -> None:
     kept = [{"behaviour_logp": x} for x in ([-1.0, -1.0], [None, -0.5], [-0.5, -0.5])]
     assert likeliest(kept) is kept[1]
@@ -696,3 +706,21 @@ def test_srl_by_hand() -> None:
 def test_settings_out_of_range_are_named(name: str, settings: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what):
         load_method(name, **settings)
+
+
+@pytest.mark.parametrize("name", ["relift", "mifo"])
+def test_two_steps_of_imitation_never_follow_each_other(name: str) -> None:
+    """However many prompts wait: a step of rollouts comes between."""
+    method = load_method(name, num_generations=2, buffer_size=2)
+    state, kinds = dict(method.init()), []
+    for step in range(6):
+        groups = [] if method.plan.streams(state) == {} else [rolled(f"{step}{i}", 0, 0) for i in range(4)]
+        kinds.append("sft" if not groups else "rl")
+        observed = {} if not groups else {"moved/w": 1.0}
+        state = dict(method.update(method.remember(state, groups), observed))
+    assert kinds == ["rl", "sft"] * 3
+
+
+def test_mifo_remembers_an_importance_that_the_last_steps_did_not_move() -> None:
+    assert importance({"past": {"a": 4.0, "b": 2.0}, "moved": {"b": 1.0}}, 0.5) == {"a": 2.0, "b": 2.0}
+    assert importance({"past": {"a": 4.0}, "moved": {}}, 0.5) == {"a": 2.0}

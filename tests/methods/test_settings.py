@@ -12,13 +12,10 @@ from crosstrain.errors import UserError
 from crosstrain.methods import METHODS, load_method
 from crosstrain.methods.checks import COUNTS
 
-INHERITED = {"prefix_rft", "reinforce_pp", "reinforce_pp_baseline", "superrl", "drop_dead"}
-"""Methods whose bounds of the clip, or of a schedule, are refused by the objective, which knows them by its own names."""
-
 NUMBERS = (-1.0, 0.0, 1.0, 1.5, 3.0)
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - INHERITED))
+@pytest.mark.parametrize("name", sorted(METHODS))
 def test_what_is_refused_is_named_as_the_user_wrote_it(name: str) -> None:
     """Each numeric setting by itself, at values some of which are out of range: the message says its name and what was got."""
     for setting, default in METHODS[name].settings.items():

@@ -157,6 +157,14 @@ def test_the_penalty_of_long_completions_grows_before_the_limit() -> None:
     assert [t.reward for t in found.groups[0].trajectories] == expected
 
 
+def test_a_group_whose_answers_differ_in_length_alone_is_replaced() -> None:
+    """DAPO's filter is about what the verifier says: a penalty for length makes no group one to learn from."""
+    soft, dapo = Truncation("penalise", 0.5, 2, 2), load_method("dapo", num_generations=2, dynamic_sampling=3)
+    found = run(dapo, sampler=Echo(), truncation=soft)
+    assert found.groups == [] and found.drawn == 6
+    assert {t.reward for g in found.rewarded for t in g.trajectories} == {0.5}, "the record has what the verifier said"
+
+
 def test_dynamic_sampling_replaces_dropped_groups_and_stops_at_its_limit() -> None:
     """Every second group is mixed: two draws of 4 give 4 groups; with none mixed, 3 draws give none."""
 

@@ -38,9 +38,10 @@ def bread(
     """BREAD (branched rollouts from expert anchors): GRPO from as much of the demonstration as makes a prompt solvable.
 
     A prompt gets num_generations rollouts. Where none is solved (reward > solved_above), a binary search over the demonstration,
-    cut into `episodes` parts, looks for the shortest beginning from which the share of solved rollouts is in [lowest, highest]:
-    below, more is shown, above, less. The search ends there, or where nothing lies between too little and enough; the shortest
-    beginning tried with a share of at least `lowest` is then taken, and without one the prompt stays unsolved.
+    cut into `episodes` parts, looks for a beginning from which the share of solved rollouts is in [lowest, highest]: below, more
+    is shown, above, less. The search ends there, though a shorter one may be in the band too, or where nothing lies between too
+    little and enough; the shortest beginning tried with a share of at least `lowest` is then taken, and without one the prompt
+    stays unsolved.
 
     Loss: that of `grpo`, max(-A r, -A clip(r)), on the rollouts from the beginning that was found, over what they wrote themselves.
     All others of the search are dropped; they are counted in the budget. Weight on grad log pi: that of `grpo`, gate r A / (T_i N),

@@ -158,10 +158,9 @@ def difficulty_curriculum(
 @method(
     paper="arXiv:2504.13818",
     family="reinforcement learning",
-    checked="paper",
     works="Reported to reach the best accuracy of GRPO at least 1.7 times sooner, where sampling is cheap beside updates "
     "(arXiv:2504.13818).",
-    deviates="Advantages are over the rollouts that are kept; whether the authors' code takes them over all was not established.",
+    deviates="Of subsets that vary alike the authors' code takes the one with fewer of the highest rewards.",
 )
 def rollout_selection(
     num_generations: int = 64,

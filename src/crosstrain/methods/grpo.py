@@ -138,7 +138,10 @@ def dr_grpo(
 @method(
     paper="arXiv:2503.14476",
     family="reinforcement learning",
-    deviates=("The authors' scripts also set a dual clip of 10, which is off here."),
+    deviates=(
+        "The authors' scripts also set a dual clip of 10, which is off here; they draw three times as many prompts as a step has, "
+        "and stop with an error when ten draws were not enough, where a step here trains on what it has."
+    ),
 )
 def dapo(
     num_generations: int = 16,
@@ -154,9 +157,10 @@ def dapo(
     tokens of the step.
 
     epsilon_high: the paper's, so that unlikely tokens can rise. minibatches: the paper's 512 prompts in mini-batches of 32.
-    dynamic_sampling: draws per step at most, the authors' 10.
+    dynamic_sampling: draws per step at most, the authors' 10; with 1 groups of equal rewards stay.
 
-    The overlong punishment is the recipe's: `sampling: {truncated: penalise, truncation_penalty: 1.0, overlong_buffer: 4096}`.
+    The overlong punishment is the recipe's: `sampling: {truncated: penalise, truncation_penalty: 1.0, overlong_buffer: 4096}`. As
+    in the authors' code, which groups are dropped is decided by the rewards without it.
     """
     return grpo(
         num_generations=num_generations,

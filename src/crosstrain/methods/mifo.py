@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from crosstrain.methods.registry import method
-from crosstrain.methods.relift import buffered, rollout_term
+from crosstrain.methods.relift import buffered, imitates, rollout_term
 from crosstrain.objective.advantages import centred
 from crosstrain.types import Batch, Look, Method, Per, Scores, Source, State, Term, Updates
 
@@ -81,7 +81,7 @@ def mifo(
         return {**state, "moved": moved, "begins": False}
 
     def grad_mask(state: State) -> Callable[[str], bool]:
-        frozen = set() if len(state["buffer"]) < buffer_size else most_important(importance(state, history), freeze_share)
+        frozen = most_important(importance(state, history), freeze_share) if imitates(state, buffer_size) else set()
         return lambda name: name in frozen
 
     return Method(
@@ -111,7 +111,7 @@ def least_sure(entropy: Tensor, inside: Tensor, share: float) -> Tensor:
 def importance(state: State, history: float) -> dict[str, float]:
     """How far each parameter moved in the last RL steps, plus `history` times its importance before."""
     past, moved = state["past"], state["moved"]
-    return {name: history * past.get(name, 0.0) + far for name, far in moved.items()}
+    return {name: history * past.get(name, 0.0) + moved.get(name, 0.0) for name in past | moved}
 
 
 def most_important(values: Mapping[str, float], share: float) -> set[str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from crosstrain.methods.checks import at_least, clip
 from crosstrain.methods.plans import keyed_uniforms, told
 from crosstrain.methods.registry import method
 from crosstrain.methods.uft import next_step, nothing
@@ -71,8 +72,8 @@ def prefix_rft(
         raise ValueError(f"entropy_share: got {entropy_share}; it must be in (0, 1]")
     if not 0 <= shortest <= longest < 1:
         raise ValueError(f"got shortest={shortest}, longest={longest}; they must be in [0, 1), shortest not above longest")
-    if max_completion_length < 1:
-        raise ValueError(f"max_completion_length: got {max_completion_length}; it must be at least 1")
+    at_least(1, max_completion_length=max_completion_length, decay_steps=decay_steps)
+    clip(epsilon=epsilon)
     bound = cosine(longest, shortest, decay_steps)
 
     def following(group: Group, state: State) -> Sequence[Request]:
@@ -81,7 +82,7 @@ def prefix_rft(
         low = bound(int(state["step"]))
         [u] = keyed_uniforms(1, "prefix_rft", state.get("seed", 0), group.example.id, state["step"])
         answer = told(group.example)
-        length = min(round((low + u * (longest - low)) * len(answer)), len(answer) - 1)
+        length = min(max(int((low + u * (longest - low)) * len(answer)), 1), len(answer) - 1)
         return (Request(num_generations - 1), Request(1, answer[:length])) if length else (Request(num_generations),)
 
     def least_sure(look: Look, batch: Batch) -> Tensor:

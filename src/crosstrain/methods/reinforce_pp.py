@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from crosstrain.methods.checks import clip
 from crosstrain.methods.plans import rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import centred, raw_reward, whitened
@@ -81,6 +82,7 @@ def reinforce_pp_baseline(
 
 
 def _made(credit: Callable[[Batch], Tensor], n: int, epsilon: float, beta: float, updates: Updates) -> Method:
+    clip(epsilon=epsilon)
     per, on = Per(("own_tokens",)), by(Source.POLICY)
     terms: list[Term] = [
         clipped(

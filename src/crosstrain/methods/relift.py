@@ -39,7 +39,8 @@ def relift(
     """ReLIFT: RL on what the policy can solve, SFT on the demonstrations of what it cannot.
 
     Prompts none of whose rollouts is solved (reward > solved_above) go into a buffer. Once it holds buffer_size of them, the next
-    step draws and samples nothing and trains on the demonstrations of the buffer's first buffer_size, which then leave it.
+    step draws and samples nothing and trains on the demonstrations of the buffer's first buffer_size, which then leave it. A step
+    of rollouts comes between two of imitation, however many wait.
 
     Loss of a step, with r = pi / pi_old and A = R - group mean, no std:
         rollouts          mean over all tokens of max(-A r, -A clip(r, 1 - epsilon, 1 + epsilon_high))
@@ -80,7 +81,7 @@ def buffered(
     at_least(1, buffer_size=buffer_size)
 
     def due(state: State) -> bool:
-        return len(state["buffer"]) >= buffer_size
+        return imitates(state, buffer_size)
 
     def recall(state: State, by_id: ById) -> Sequence[Group]:
         examples = [by_id(name) for name in state["buffer"][:buffer_size]] if due(state) else []
@@ -104,6 +105,12 @@ def buffered(
         needs_expert="demonstration",
     )
     return plan, remember
+
+
+def imitates(state: State, buffer_size: int) -> bool:
+    """Whether a step is one of demonstrations: enough prompts wait, and the step before was one of rollouts, as in the authors'
+    code, where an update of imitation follows each of reinforcement learning at most."""
+    return len(state["buffer"]) >= buffer_size and not state["imitated"]
 
 
 def _positive(name: str, value: float) -> float:

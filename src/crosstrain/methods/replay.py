@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -149,19 +150,22 @@ def _rows(batch: Batch) -> Tensor:
 def draw(state: State, n: int, target: float, std: float) -> list[str]:
     """`n` prompts of the memory that are partly solved, all of them where there are fewer; none twice.
 
-    The chance of each is that of its solve rate, by a normal density, over the number of prompts with that rate. With u uniform,
-    the largest u^(1 / chance) are a draw without replacement.
+    Each time a solve rate is drawn, by a normal density over those that prompts are left of, and then one of its prompts.
     """
-    memory: Mapping[str, Any] = state["memory"]
-    rates = {name: memory[name]["rate"] for name in memory if memory[name]["rate"] > 0}
-    alike = Counter(rates.values())
-
-    def key(name: str) -> tuple[float, str]:
-        [u] = keyed_uniforms(1, "replay", state["seed"], name, state["step"])
-        chance = math.exp(-(((rates[name] - target) / std) ** 2) / 2) / alike[rates[name]]
-        return (math.log(max(u, 1e-300)) / chance, name)
-
-    return sorted(rates, key=key, reverse=True)[:n]
+    left: dict[float, list[str]] = {}
+    for name, known in sorted(state["memory"].items()):
+        if known["rate"] > 0:
+            left.setdefault(known["rate"], []).append(name)
+    drawn: list[str] = []
+    while left and len(drawn) < n:
+        u, v = keyed_uniforms(2, "replay", state["seed"], state["step"], len(drawn))
+        rates = sorted(left)
+        up_to = list(accumulate(math.exp(-(((rate - target) / std) ** 2) / 2) for rate in rates))
+        rate = rates[min(bisect_right(up_to, u * up_to[-1]), len(rates) - 1)]
+        drawn.append(left[rate].pop(int(v * len(left[rate]))))
+        if not left[rate]:
+            del left[rate]
+    return drawn
 
 
 def likeliest(kept: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Literal
 
+from crosstrain.methods.checks import EQUAL, clip, several
 from crosstrain.methods.plans import drop_equal_rewards, rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import group_normalised
@@ -40,8 +41,9 @@ def superrl(
     """
     if trigger not in ("rewards", "advantages"):
         raise ValueError(f"trigger: got {trigger!r}; allowed: rewards, advantages")
-    if trigger == "advantages" and num_generations < 2:
-        raise ValueError(f"num_generations: got {num_generations}; rewards that may differ need at least 2")
+    clip(epsilon=epsilon)
+    if trigger == "advantages":
+        several(num_generations, "a prompt with a single completion would always be imitated")
 
     def switch(group: Group, state: State) -> Group | None:
         rewards = {float(t.reward or 0.0) for t in group.by(Source.POLICY)}
@@ -86,8 +88,8 @@ def drop_dead(num_generations: int = 8, epsilon: float = 0.2, num_iterations: in
 
     Nothing is drawn in their place, as `dapo` does.
     """
-    if num_generations < 2:
-        raise ValueError(f"num_generations: got {num_generations}; with fewer than 2 every group would be left out")
+    clip(epsilon=epsilon)
+    several(num_generations, EQUAL)
     term = clipped(
         "rl",
         epsilon,

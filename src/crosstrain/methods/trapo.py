@@ -36,8 +36,9 @@ ROUNDS = ((4, 0.0, 0), (2, 0.25, 2), (1, 0.5, 4), (1, 1.0, 7))
 def trapo(lowest: float = 0.1, solved_above: float = 0.0, num_iterations: int = 1, minibatches: int = 1) -> Method:
     """TRAPO (trust-region adaptive policy optimisation): hints where a prompt is not solved without, and imitation of these.
 
-    A prompt gets four rollouts, then two, one and one. The two start from the first quarter of the demonstration unless two are
-    solved by then, the next from its first half unless four are, the last from all of it but its end unless seven are.
+    A prompt gets four rollouts, then two, one and one. The two start from the first quarter of the demonstration (rounded down, as
+    all of these) unless two are solved by then, the next from its first half unless four are, the last from all of it but its end
+    unless seven are.
 
     Loss, summed over the tokens of both parts and divided by all of them:
         own tokens    -A r                      r = pi / pi_old, A = R - group mean (no std, no clip)
@@ -57,7 +58,7 @@ def trapo(lowest: float = 0.1, solved_above: float = 0.0, num_iterations: int = 
         solved = sum(t.reward is not None and t.reward > solved_above for t in group.trajectories)
         for n, share, enough in ROUNDS:
             if len(group.trajectories) == done:
-                hint = min(round(share * len(answer)), len(answer) - 1) if solved < enough else 0
+                hint = min(int(share * len(answer)), len(answer) - 1) if solved < enough else 0
                 return (Request(n, answer[:hint]),)
             done += n
         return ()
