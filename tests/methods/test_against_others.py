@@ -86,7 +86,7 @@ def test_on_policy_distillation_over_the_vocabulary_is_trls() -> None:
         {"distillation_alpha": 0.5},
         {"distillation_mode": "topk_logits", "distillation_topk": 4, "distillation_add_tail": True, "distillation_alpha": 0.5},
         {"distillation_mode": "topk_logits", "distillation_topk": 4, "distillation_alpha": 0.0},
-        {"distillation_mode": "sampled_token"},
+        {"distillation_mode": "sampled_token", "distillation_alpha": 1.0},
     ],
     ids=str,
 )

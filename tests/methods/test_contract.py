@@ -51,7 +51,10 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
         "sdft",
         {"num_generations": 2, "teacher_model_kind": "live", "distillation_mode": "topk_logits", "distillation_alpha": 0.5},
     ),
-    ("sdft", {"num_generations": 2, "distillation_mode": "sampled_token", "num_loss_tokens_to_skip": 1}),
+    (
+        "sdft",
+        {"num_generations": 2, "distillation_mode": "sampled_token", "distillation_alpha": 1.0, "num_loss_tokens_to_skip": 1},
+    ),
     ("asft", {"mode": "sft+kl", "direction": "reverse"}),
     ("replay", {"num_iterations": 2, "num_generations": 4}),
     ("relift", {"buffer_size": 2, "num_generations": 4}),

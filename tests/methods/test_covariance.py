@@ -31,11 +31,22 @@ def chosen(method: Method, batch: Batch, logp: Tensor) -> Tensor:
 
 
 def test_clip_cov_by_hand() -> None:
-    """One token is held back: no gradient there, A r / 4 elsewhere; ratios of 2 are not clipped."""
+    """One token is held back: no gradient there, A r / 4 elsewhere; a ratio of 1.9 is not clipped, nor is one of 3 where A < 0."""
     method = load_method("clip_cov")
     held = of([[0, 1], [0, 0]])
-    found = weights_of(method, prepared(method, ROLLOUTS, old_logp=LOGP - math.log(2), covariant=held), LOGP)
-    torch.testing.assert_close(found.weights, of([[2 * A / 4, 0], [-2 * A / 4, -2 * A / 4]]))
+    ratio = of([[1.9, 1.9], [3.0, 0.1]])
+    found = weights_of(method, prepared(method, ROLLOUTS, old_logp=LOGP - ratio.log(), covariant=held), LOGP)
+    torch.testing.assert_close(found.weights, of([[1.9 * A / 4, 0], [-3 * A / 4, -0.1 * A / 4]]))
+    assert found.logged == pytest.approx((-1.9 * A + 3 * A + 0.1 * A) / 4)
+
+
+def test_clip_cov_clips_beyond_twice_the_old_probability() -> None:
+    """As the authors' scripts do: with r = 3 and A > 0 there is no gradient, and the loss is -2 A."""
+    method = load_method("clip_cov")
+    none = torch.zeros(2, 2, dtype=torch.float64)
+    found = weights_of(method, prepared(method, ROLLOUTS, old_logp=LOGP - math.log(3), covariant=none), LOGP)
+    torch.testing.assert_close(found.weights, of([[0, 0], [-3 * A / 4, -3 * A / 4]]))
+    assert found.logged == pytest.approx((-2 * 2 * A + 2 * 3 * A) / 4)
 
 
 def test_kl_cov_by_hand() -> None:
@@ -85,6 +96,7 @@ def paper(batch: Batch, logp: Tensor, *, beta: float | None) -> Tensor:
         moved = float(logp[r, t - 1] - batch.columns["old_logp"][r, t])
         held = float(batch.columns[CHOSEN][r, t])
         w = float(batch.advantage[r, t]) * math.exp(moved)
+        w = 0.0 if beta is None and w > 0 and math.exp(moved) > 2 else w
         weights[r, t - 1] = (w * (1 - held) if beta is None else w - held * beta * math.copysign(1.0, moved)) / len(live)
     return weights
 

@@ -236,7 +236,7 @@ def test_sdft_is_the_papers(kind: str, alpha: float) -> None:
 
 def test_sdft_of_sampled_tokens_without_the_first() -> None:
     settings = {"num_generations": 3, "distillation_mode": "sampled_token", "num_loss_tokens_to_skip": 1}
-    settings["teacher_model_kind"] = "base"
+    settings |= {"teacher_model_kind": "base", "distillation_alpha": 1.0}
     method, model = load_method("sdft", **settings), tiny_model()
     [context] = method.contexts
     batch = first_update(made_up_batch(method, model))

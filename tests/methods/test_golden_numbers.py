@@ -64,6 +64,15 @@ def test_sdft_by_hand() -> None:
     torch.testing.assert_close(gradient, of([[1 / 8, -1 / 8], [0, 0], [1 / 4, -1 / 4]]), rtol=0, atol=1e-12)
 
 
+def test_an_answer_that_is_skipped_whole_counts_among_sdfts_answers() -> None:
+    """Without the first token of each: 0 where both agree in one answer, nothing of the other; a mean over two, as in TRL."""
+    method = load_method("sdft", num_loss_tokens_to_skip=1)
+    groups = [group(answer("OO"), answer("O"))]
+    found, gradient = on_logits(method, groups, [LIKELY] * 3, [LIKELY, UNLIKELY, UNLIKELY])
+    assert found == pytest.approx(LN3 / 4)
+    torch.testing.assert_close(gradient, of([[0, 0], [1 / 4, -1 / 4], [0, 0]]), rtol=0, atol=1e-12)
+
+
 def test_asft_by_hand() -> None:
     """p = 3/4: -p ln p, and -p (1 - p) = -3/16 on its logit; 0.1 KL(ref | pi) = 0.05 ln 3, and 0.1 x 1/2. Two such tokens."""
     method = load_method("asft", kl_weight=0.1)

@@ -305,7 +305,7 @@ OWN: dict[str, tuple[dict[str, Any], Formula]] = {
     "sapo": ({}, by_sequence(soft_gate)),
     "gspo": ({"epsilon": 0.03, "epsilon_high": 0.04}, by_sequence(sequence_ratio)),
     "gmpo": ({}, by_sequence(geometric_mean)),
-    "clip_cov": ({}, over_tokens(lambda s: (1 - s.column("covariant")) * s.ratio() * s.a)),
+    "clip_cov": ({}, over_tokens(lambda s: (1 - s.column("covariant")) * (s.ratio() * s.a) * ~((s.a > 0) & (s.ratio() > 2)))),
     "kl_cov": ({"beta": 0.7}, over_tokens(held)),
     "nft": ({"constant": 16.0}, negative_aware),
     "relift": (TWO, HIGHER),

@@ -26,13 +26,13 @@ def asft(
 ) -> Method:
     """ASFT (anchored supervised fine-tuning): `dft`, kept near the model that it started from.
 
-    Loss: -sum_t sg(p_t) log p_t / N + kl_weight sum_t KL(ref || pi) / N over all N supervised tokens, the KL over the vocabulary at
-    every token, ref the model that the stage started from (with LoRA the adapter off). Weight on grad log pi: p_t / N from the
-    first part; the KL has a gradient on all logits, kl_weight (pi - ref) / N.
+    Loss: -sum_t sg(p_t) log p_t / N + kl_weight sum_t KL(ref || pi) / N over all N supervised tokens, the KL over the
+    vocabulary at every token, ref the model that the stage started from (with LoRA in a first stage the adapter off). Weight on
+    grad log pi: p_t / N from the first part; the KL has a gradient on all logits, kl_weight (pi - ref) / N.
 
-    kl_weight: how much the KL counts, 0.1 in the authors' code, 0.05 in their example. mode: "asft" is the loss above; "sft+kl" has
-    plain cross-entropy in place of DFT's, a weight of 1 / N (the authors' other modes are the methods `sft` and `dft`). direction:
-    "forward" is KL(ref || pi), as their code has it, "reverse" KL(pi || ref).
+    kl_weight: how much the KL counts, 0.1 in the authors' code, 0.05 in their example. mode: "asft" is the loss above; "sft+kl"
+    has plain cross-entropy in place of DFT's, a weight of 1 / N (the authors' other modes are the methods `sft` and `dft`).
+    direction: "forward" is KL(ref || pi), as their code has it, "reverse" KL(pi || ref).
     """
     if mode not in ("asft", "sft+kl"):
         raise ValueError(f"mode: got {mode!r}; allowed: asft, sft+kl (without a KL, use the method `sft` or `dft`)")

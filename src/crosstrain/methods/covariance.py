@@ -12,7 +12,7 @@ from crosstrain.methods.plans import drop_equal_rewards, keyed_uniforms, rollout
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import group_normalised
 from crosstrain.objective.denominators import old
-from crosstrain.objective.terms import by, surrogate, unclipped
+from crosstrain.objective.terms import by, clipped, unclipped
 from crosstrain.objective.words import says
 from crosstrain.types import Batch, Look, Method, Per, Scores, Source, Term, Updates
 
@@ -28,7 +28,8 @@ CHOSEN = "covariant"
         "for a 32B one (arXiv:2505.22617)."
     ),
     deviates=(
-        "Tokens are chosen once per batch, with the policy that sampled it; the authors' code chooses anew in every mini-batch."
+        "Tokens are chosen once per batch, with the policy that sampled it; the authors' code chooses anew, and takes its means "
+        "and counts, in every micro-batch."
     ),
 )
 def clip_cov(
@@ -36,23 +37,26 @@ def clip_cov(
     ratio: float = 2e-4,
     lowest: float = 1.0,
     highest: float = 5.0,
+    epsilon: float = 1.0,
     num_iterations: int = 1,
     minibatches: int = 8,
 ) -> Method:
     """Clip-Cov: a random few of the tokens with a high covariance get no gradient.
 
-    Loss: -sum_t m_t A r / N over all tokens of groups whose rewards differ, r = pi / pi_old and the group-normalised A of `grpo`;
-    m is 0 for `ratio` of all tokens (at least one), drawn from those whose (A - mean A) (log pi - mean log pi) lies between
-    `lowest` and `highest`. Weight on grad log pi: m A r / N. PPO's clip is left out, as the authors' scripts open it to a bound
-    of 1.
+    Loss: sum_t m_t max(-A r, -A clip(r, 1 - epsilon, 1 + epsilon)) / N over all tokens of groups whose rewards differ, r = pi /
+    pi_old and the group-normalised A of `grpo`; m is 0 for `ratio` of all tokens (at least one), drawn from those whose (A - mean
+    A) (log pi - mean log pi) lies between `lowest` and `highest`. Weight on grad log pi: m gate A r / N.
 
     ratio: the share of all tokens that is held back, the authors'. lowest, highest: the bounds between which a covariance must lie,
-    1 and 5 in the authors' scripts.
+    1 and 5 in the authors' scripts. epsilon: the bound of PPO's clip, which the authors' scripts open to 1: it acts on ratios above
+    2 alone.
     """
     if not 0 < ratio < 1 or lowest >= highest:
         raise ValueError(
             f"got ratio={ratio}, lowest={lowest}, highest={highest}; ratio must be in (0, 1) and lowest below highest"
         )
+    if not 0 < epsilon <= 1:
+        raise ValueError(f"epsilon: got {epsilon}; it must be in (0, 1]")
 
     def choose(covariance: Tensor, batch: Batch, on: Tensor) -> Tensor:
         candidates = on & (covariance > lowest) & (covariance < highest)
@@ -61,17 +65,18 @@ def clip_cov(
         return _smallest(torch.where(candidates, drawn, torch.full_like(drawn, 2.0)), n) & candidates
 
     @says("0 on a few tokens of high covariance, else 1")
-    def gate(found: Tensor, logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
-        return 1 - batch.columns[CHOSEN].to(found.dtype)
+    def let_go(logp: Tensor, batch: Batch, on: Tensor) -> Tensor:
+        return 1 - batch.columns[CHOSEN].to(logp.dtype)
 
-    term = surrogate(
+    term = clipped(
         "rl",
+        epsilon,
+        epsilon,
         on=by(Source.POLICY),
         per=Per(("own_tokens",)),
-        denominator=old,
-        gate=gate,
-        needs=frozenset({"old_logp", CHOSEN}),
-        describe="-A r, r = pi / old, not on a few tokens of high covariance",
+        corrected=let_go,
+        needs=frozenset({CHOSEN}),
+        describe="max(-A r, -A clip(r)), r = pi / old, not on a few tokens of high covariance",
     )
     return _made((term,), choose, num_generations, Updates(num_iterations, minibatches))
 
@@ -84,8 +89,8 @@ def clip_cov(
         "6.4 for a 32B one (arXiv:2505.22617)."
     ),
     deviates=(
-        "Tokens are chosen once per batch, with the policy that sampled it; the authors' code chooses anew in every "
-        "mini-batch. verl's own defaults are "
+        "Tokens are chosen once per batch, with the policy that sampled it; the authors' code chooses anew, and takes its means "
+        "and counts, in every micro-batch. verl's own defaults are "
         "other ones: a ratio of 2e-4 and a beta of 0.1."
     ),
 )

@@ -14,7 +14,12 @@ from crosstrain.objective.terms import by, of_channel
 from crosstrain.types import Channel, Method, Per, Source
 
 
-@method(paper="arXiv:2408.16673", family="supervised")
+@method(
+    paper="arXiv:2408.16673",
+    family="supervised",
+    deviates="Averaged over the tokens of the step; the authors' code averages over those of a micro-batch. Later copies of "
+    "their script take h linear.",
+)
 def gem(beta: float = 0.7, h: Literal["logsigmoid", "linear"] = "logsigmoid") -> Method:
     """GEM: imitation that keeps the distribution broad.
 

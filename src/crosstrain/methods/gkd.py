@@ -105,7 +105,8 @@ def _own_or_given(lmbda: float, seq_kd: bool) -> Plan:
     family="distillation",
     year=2025,
     deviates="The recipe was published as an article, without an arXiv number; the paper given is GKD's. Divided by the step's "
-    "tokens, where the recipe adds them up; the student's log-probs are the trainer's, not the sampler's.",
+    "tokens, where the recipe adds them up; the student's log-probs are the trainer's, not the sampler's. Teacher and "
+    "student are both at the temperature of sampling; the recipe asks its teacher for plain log-probs.",
 )
 def on_policy_distillation(
     num_generations: int = 4,

@@ -24,7 +24,8 @@ POINT = "reference_point"
     "to 30B there, without pairs (arXiv:2402.01306).",
     fails="Its authors find no one loss of this kind to be best everywhere; which is depends on the setting (arXiv:2402.01306).",
     deviates="The answers that z0 is measured on are paired with prompts by the order of the example ids, over the whole "
-    "step; HALOs and TRL shift by one within a micro-batch, so that z0 depends on how the step was cut.",
+    "step; HALOs and TRL shift by one within a micro-batch, so that z0 depends on how the step was cut. Rows of the same prompt "
+    "are passed over, which they do not do.",
 )
 def kto(beta: float = 0.1, desirable_weight: float = 1.0, undesirable_weight: float = 1.0) -> Method:
     """KTO (Kahneman-Tversky optimisation): raise answers called good and lower bad ones, each by itself, against a reference point.

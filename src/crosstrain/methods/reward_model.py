@@ -23,10 +23,10 @@ from crosstrain.types import Batch, Example, Method, Per, Plan, Scores, Source, 
 def reward_model(center_rewards_coefficient: float = 0.0) -> Method:
     """Bradley-Terry reward model: the preferred answer is to have the larger reward.
 
-    Loss: mean over pairs of -log sigmoid(r_w - r_l - margin) + center_rewards_coefficient (r_w + r_l)^2, r the value head's output
-    after an answer's last token, margin the row's column of that name, or 0. Weight on grad log pi: 0, as no log-prob is read; the
-    gradient goes through r, by -+ sigmoid(-(r_w - r_l - margin)) + 2 center_rewards_coefficient (r_w + r_l), over the number of
-    pairs.
+    Loss: mean over pairs of -log sigmoid(r_w - r_l - margin) + center_rewards_coefficient (r_w + r_l)^2, r the value head's
+    output after an answer's last token, margin the row's column of that name (0 or more), or 0. Weight on grad log pi: 0, as no
+    log-prob is read; the gradient goes through r, by -+ sigmoid(-(r_w - r_l - margin)) + 2 center_rewards_coefficient (r_w +
+    r_l), over the number of pairs.
 
     center_rewards_coefficient: keeps rewards near 0 (arXiv:2312.09244); off in TRL, which recommends 0.01.
 

@@ -11,13 +11,12 @@ from crosstrain.methods.plans import rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.denominators import old
 from crosstrain.objective.divergences import at_the_target, generalised_jsd, on_top_k
-from crosstrain.objective.terms import seq_mean
+from crosstrain.objective.terms import by, seq_mean
 from crosstrain.types import (
     Batch,
     Comparison,
     Divergence,
     Method,
-    On,
     Per,
     Scores,
     Source,
@@ -40,14 +39,15 @@ SHOWN = "demonstration"
     works="Learning a new skill or new facts from demonstrations with less forgotten than by SFT; the more, the better the model "
     "learns from its prompt (arXiv:2601.19897).",
     fails="Small models, which learn little from a demonstration in their prompt (arXiv:2601.19897).",
-    deviates="Written from TRL's trainer and descriptions by others: the paper's text and code were not seen. Most call the loss a "
-    "reverse KL, which is the default, one a forward KL (alpha 0). The average's rate of 0.01 is what one reports of it. TRL's "
-    "defaults are alpha 0.5 on the 100 most likely tokens, a teacher with the start's weights, and a rate of 0.05. The template is "
-    "TRL's, without the words that the authors put around the demonstration.",
+    deviates="Written from TRL's trainer, copies of the authors' code and what they say of it. The paper's first text has a "
+    "reverse KL (alpha 1); the authors say that its results were made with the forward one (alpha 0), and one answer to a prompt. "
+    "Copies of their script leave the first 3 tokens without a loss. TRL's defaults are alpha 0.5 on the 100 most likely tokens, a "
+    "teacher with the start's weights, and a rate of 0.05. The template is TRL's, without the words that the authors put around "
+    "the demonstration.",
 )
 def sdft(
-    num_generations: int = 8,
-    distillation_alpha: float = 1.0,
+    num_generations: int = 1,
+    distillation_alpha: float = 0.0,
     distillation_mode: Mode = "full_logits",
     distillation_topk: int | None = None,
     distillation_add_tail: bool = False,
@@ -61,21 +61,24 @@ def sdft(
 ) -> Method:
     """SDFT (self-distillation fine-tuning): own answers, towards what the model says of them with the demonstration before it.
 
-    Loss: mean over own completions of the mean over their tokens of w D(q, pi), pi the policy at the plain prompt, q the same model
-    with the demonstration in its prompt, without gradient. D is `gkd`'s divergence with beta = distillation_alpha, and w = min(pi /
-    pi_old, distillation_is_clip) of the token, without gradient: 1 with one update per batch. Weight on grad log pi: none, as the
-    gradient is on all logits; in mode "sampled_token" -w (log pi - log q) / (T_i N).
+    Loss: mean over own completions of the mean over their tokens of w D(q, pi), pi the policy at the plain prompt, q the same
+    model with the demonstration in its prompt, without gradient. D is `gkd`'s divergence with beta = distillation_alpha, and w
+    = min(pi / pi_old, distillation_is_clip) of the token, without gradient: 1 with one update per batch. Weight on grad log pi:
+    none, as the gradient is on all logits; in mode "sampled_token" -w (log pi - log q) / (T_i N). Both distributions are at the
+    temperature of sampling, as in TRL.
 
-    distillation_alpha: which divergence it is, 0 the forward KL(q || pi), 1 the reverse KL(pi || q), in between `gkd`'s mixture;
-    0.5 in TRL. distillation_mode: "full_logits" over the whole vocabulary; "topk_logits" over the policy's distillation_topk most
-    likely tokens, TRL's default; "sampled_token" at the answer's own token alone: sg(log pi - log q) log pi, which needs
-    distillation_alpha 1. distillation_topk: how many tokens in mode "topk_logits"; None is TRL's 100. distillation_add_tail: in
-    that mode all other tokens count as one more; else the chosen ones are scaled to add up to 1. distillation_is_clip: the bound of
-    w, TRL's. num_loss_tokens_to_skip: so many first tokens of an answer have no loss. teacher_model_kind: whose weights q has:
-    "base", those of the stage's start (TRL's default); "live", the policy's own; "ema", an average that starts with the stage's and
-    follows the policy's. teacher_update_rate: the share of the way to the policy's weights that this average goes after every
-    optimizer step; None is 0.01, as one description has it (TRL: 0.05). teacher_prompt_template: the teacher's last user message,
-    of {prompt}, the student's, and {privileged_context}, the words of the row's demonstration; TRL's.
+    num_generations: answers to a prompt; one in the paper. distillation_alpha: which divergence it is, 0 the forward KL(q ||
+    pi), the authors', 1 the reverse KL(pi || q), in between `gkd`'s mixture; 0.5 in TRL. distillation_mode: "full_logits" over
+    the whole vocabulary; "topk_logits" over the policy's distillation_topk most likely tokens, TRL's default; "sampled_token"
+    at the answer's own token alone: sg(log pi - log q) log pi, which needs distillation_alpha 1. distillation_topk: how many
+    tokens in mode "topk_logits"; None is TRL's 100. distillation_add_tail: in that mode all other tokens count as one more;
+    else the chosen ones are scaled to add up to 1. distillation_is_clip: the bound of w, TRL's. num_loss_tokens_to_skip: so
+    many first tokens of an answer have no loss; an answer with no others counts among the answers all the same.
+    teacher_model_kind: whose weights q has: "base", those of the stage's start (TRL's default); "live", the policy's own;
+    "ema", an average that starts with the stage's and follows the policy's. teacher_update_rate: the share of the way to the
+    policy's weights that this average goes after every optimizer step; None is 0.01, as one description has it (TRL: 0.05).
+    teacher_prompt_template: the teacher's last user message, of {prompt}, the student's, and {privileged_context}, the words of
+    the row's demonstration; TRL's.
 
     Completions need no reward.
     """
@@ -86,12 +89,13 @@ def sdft(
     def value(scores: Scores, batch: Batch, on: Tensor) -> Tensor:
         logp = scores.logp.detach()
         moved = logp - old(logp, batch, on)
-        return scores.channels["distil"] * moved.exp().clamp(max=distillation_is_clip) * seq_mean(on, batch)
+        counted = on & (on.cumsum(dim=1) > num_loss_tokens_to_skip)
+        return scores.channels["distil"] * moved.exp().clamp(max=distillation_is_clip) * seq_mean(counted, batch)
 
     term = Term(
         "distil",
         value,
-        _after(num_loss_tokens_to_skip),
+        by(Source.POLICY),
         Per(("sequences",)),
         unit="sequence",
         needs=frozenset({"distil", "old_logp"}),
@@ -148,13 +152,3 @@ def _check(clip: float, skip: int, template: str) -> None:
     for part in ("{prompt}", "{privileged_context}"):
         if part not in template:
             raise ValueError(f"teacher_prompt_template: got {template!r}; it must contain {part}")
-
-
-def _after(skip: int) -> On:
-    """Own tokens but the first `skip` of each answer."""
-
-    def on(batch: Batch) -> Tensor:
-        own = batch.written_by(Source.POLICY)
-        return own & (own.cumsum(dim=1) > skip)
-
-    return on

@@ -41,9 +41,9 @@ def ppo_clip(low: float = 0.2, high: float = 0.2, dual: float | None = None) -> 
     >>> ppo_clip()(ratio, ratio.log(), batch, batch.trained)[:, 1].tolist()
     [0.0, 1.0, 0.0]
     """
-    if not 0 < low < 1 or high <= 0:
+    if not 0 < low <= 1 or high <= 0:
         raise ValueError(
-            f"ppo_clip (epsilon, epsilon_high): got low={low}, high={high}; low must be in (0, 1) and high positive"
+            f"ppo_clip (epsilon, epsilon_high): got low={low}, high={high}; low must be in (0, 1] and high positive"
         )
     if dual is not None and dual <= 1 + high:
         raise ValueError(f"ppo_clip: got dual={dual}; it must be above 1 + high = {1 + high:g}, or None for no dual clip")
