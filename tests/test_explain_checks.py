@@ -348,6 +348,7 @@ def _everything(name: str) -> GivenBatch:
     plan = load_method(name).plan
     known = {"ref_logp": [0, -1], "teacher_logp": [0, -1], "behaviour_logp": [0, -1], "entropy": [0, 1], "value": [0, 1]}
     own = [row("po", None, 1.0, **known), row("po", None, 0.0, **known, greedy=name == "remax")]
+    own = own[1:] if name == "spin" else own
     streams = list(plan.streams(load_method(name).init()))
     stream = next((s for s in streams if plan.brings(s)), streams[0])
     shown = {"pair": [1.0, 0.0], "label": [1.0], "demonstration": [None]}.get(plan.needs_expert or "", [])
@@ -378,3 +379,31 @@ def test_the_page_lists_the_methods_that_refuse_and_those_with_a_state() -> None
         keys = ", ".join(f"`{key}`" for key in load_method(name).init())
         assert f"| `{name}` | {keys} |" in PAGE, f"| `{name}` | {keys} |"
     assert PAGE.count("| `step`") == sum("step" in load_method(name).init() for name in states) + 1  # and the batch's own
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "said"),
+    [
+        (
+            "luffy",
+            [row("pe")],
+            "method luffy needs `reward`, which is absent from groups.0.trajectories.0 (a demonstration counts",
+        ),
+        ("spin", [row("pe")], "method spin compares two answers of unequal reward in every group; groups.0 comes to "),
+        ("spin", [row("pe", None, 1.0), row("po", None, 1.0)], "groups.0 comes to 1, 1 (its own answers have 0)"),
+        ("grpo", [row("po", None, 1.0, greedy=True)], "groups.0: `greedy` is true, and method grpo takes no greedy answers"),
+        ("rloo", [row("po", None, 1.0, replayed=True)], "groups.0: `replayed` is true, and method rloo remembers no rollouts"),
+    ],
+)
+def test_what_would_act_silently_or_not_at_all_is_refused(name: str, rows: list[Row], said: str) -> None:
+    assert said in refused(name, batch_of(rows), **({"beta": 0.0} if name == "grpo" else {}))
+
+
+def test_equal_rewards_are_equal_in_any_precision() -> None:
+    found = explain(load_method("reinforce_rej", average="all"), batch_of([row("po", None, 0.1)] * 3))
+    assert weights(found) == [[0.0, 0.0]] * 3
+
+
+def test_an_entropy_that_rounding_left_below_0_is_taken() -> None:
+    rows = [row("po", None, r, entropy=[0, -1e-7]) for r in (1.0, 0.0)]
+    assert explain(load_method("entropy_advantage"), batch_of(rows))["groups"][0]["selected"]

@@ -15,8 +15,8 @@ import crosstrain
 
 SRC = Path(crosstrain.__file__).parent
 PURE = {
-    "__future__", "collections", "contextlib", "dataclasses", "difflib", "enum", "fractions", "functools", "hashlib", "inspect",
-    "itertools", "math", "numbers", "operator", "re", "statistics", "torch", "types", "typing",
+    "__future__", "bisect", "collections", "contextlib", "dataclasses", "difflib", "enum", "fractions", "functools", "hashlib",
+    "inspect", "itertools", "math", "numbers", "operator", "re", "statistics", "torch", "types", "typing",
 }  # fmt: skip
 OURS = {
     "objective": {"crosstrain.types", "crosstrain.errors", "crosstrain.objective"},

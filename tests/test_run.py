@@ -146,6 +146,13 @@ def test_a_run_whose_reward_or_method_file_changed_does_not_go_on(
     with pytest.raises(UserError, match=rf"{file} has changed since this run began .* put it back, or start anew"):
         crosstrain.train(made, tmp_path / "run")
     file.write_text(before)
+    kept = (tmp_path / "run" / "record.json").read_text()
+    earlier = json.loads(kept)
+    earlier["methods"][0]["settings"]["num_generations"] = 4  # as if another version had another default
+    (tmp_path / "run" / "record.json").write_text(json.dumps(earlier))
+    with pytest.raises(UserError, match=r"stage 0: num_generations of its method has changed .*\(then 4, now 2\)"):
+        crosstrain.train(made, tmp_path / "run")
+    (tmp_path / "run" / "record.json").write_text(kept)
     assert crosstrain.train(made, tmp_path / "run").metrics["step"] == 2
     assert record(tmp_path / "run")["code"].keys() == {str(tmp_path / "reward.py"), str(tmp_path / "method.py")}
 

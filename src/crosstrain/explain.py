@@ -137,6 +137,13 @@ def _selected(method: Method, index: int, group: Group, state: Mapping[str, Any]
             f"method {method.name} finds nothing in groups.{index} to train on, where a run always has something: its `source` and "
             "`reward` are not those of a group that the method collects"
         )
+    paired = bool(method.terms) and all("pairs" in term.per.counts for term in method.terms)
+    if chosen is not None and paired and (len(chosen.trajectories) != 2 or len({t.reward for t in chosen.trajectories}) != 2):
+        got = ", ".join("none" if t.reward is None else f"{t.reward:g}" for t in chosen.trajectories)
+        raise UserError(
+            f"method {method.name} compares two answers of unequal reward in every group; groups.{index} comes to {got}"
+            f"{' (its own answers have 0)' if method.plan.reward is not None else ''}"
+        )
     return chosen
 
 

@@ -113,6 +113,10 @@ def _asked(method: Method, state: State, group: Group) -> Sequence[Request]:
 def _check_greedy(method: Method, state: State, index: int, group: Group) -> None:
     wanted = sum(request.n for request in _asked(method, state, group) if request.greedy)
     found = sum(t.greedy for t in group.trajectories)
+    if method.plan.recall is None and any(t.replayed for t in group.trajectories):
+        raise UserError(f"groups.{index}: `replayed` is true, and method {method.name} remembers no rollouts: leave it out")
+    if found and not wanted:
+        raise UserError(f"groups.{index}: `greedy` is true, and method {method.name} takes no greedy answers: leave it out")
     if wanted and found != wanted:
         raise UserError(
             f"method {method.name} needs exactly {wanted} trajectory with `greedy: true`, the baseline, in every group; "

@@ -39,6 +39,12 @@ def check_finite(
     found = [r for r in range(len(rows)) if bool(hit[r].any())]
     found.sort(key=lambda r: -max(_size(rows[r], t) for t in _tokens(hit[r])))
     told = "; ".join(f"groups.{at[r][0]}.trajectories.{at[r][1]} {_numbers(rows[r], _tokens(hit[r]))}" for r in found[:SHOWN])
+    unscored = [f"groups.{at[r][0]}.trajectories.{at[r][1]}" for r in found if rows[r].reward is None]
+    if unscored and bool(torch.isnan(batch.advantage[hit]).any()):
+        raise UserError(
+            f"method {name} needs `reward`, which is absent from {', '.join(unscored[:SHOWN])} (a demonstration counts as right "
+            "beside rollouts alone, and there are none)"
+        )
     raise UserError(
         f"the {what} of method {name} is not finite: {told}. Log-probs of exactly 0 (a probability of 1), and ones further than "
         "about 700 from each other, leave the range of numbers: give log-probs that a model could have found, and rewards of a "

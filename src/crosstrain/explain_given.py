@@ -141,7 +141,8 @@ def check_signs(index: int, given: GivenGroup, group: Group) -> None:
         read = [i for i, s in enumerate(made.source) if s != Source.PROMPT]
         for name in (*LOG_PROBS, "entropy"):
             values, sign = getattr(t, name) or [], -1 if name == "entropy" else 1
-            wrong = next((i for i in read if values and sign * values[i] > 0), None)
+            slack = 1e-6 if name == "entropy" else 0.0  # which rounding may leave below 0
+            wrong = next((i for i in read if values and sign * values[i] > slack), None)
             if wrong is not None:
                 bound = "an entropy is at least 0" if name == "entropy" else "a log-prob is at most 0"
                 raise UserError(f"groups.{index}.trajectories.{k}.{name}.{wrong}: got {values[wrong]}; {bound}")

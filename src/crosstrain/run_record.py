@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,14 @@ def check_unchanged(folder: Path, record: Mapping[str, Any], found: Mapping[str,
         if before != now:
             name = f", {found[whose]}," if whose in found else ""
             raise _changed(folder, f"the weights of the {whose}{name} have", before, now)
+    for i, (before, now) in enumerate(zip(record.get("methods", ()), found["methods"], strict=False)):
+        read = json.loads(
+            json.dumps({"name": now["name"], **now["settings"], **now["updates"]})
+        )  # a record has lists for tuples
+        kept = {"name": before["name"], **before["settings"], **before["updates"]}
+        for key in sorted(kept.keys() | read.keys()):  # a default may be another in a later version
+            if kept.get(key) != read.get(key):
+                raise _changed(folder, f"stage {i}: {key} of its method has", kept.get(key), read.get(key))
     for file, now in found["code"].items():
         before = record.get("code", {}).get(file, now)
         if before != now:

@@ -47,7 +47,8 @@ class Trajectory:
     """One sequence of tokens with the author of each.
 
     tokens, source: same length T, prompt included; own completions are kept as sampled and never tokenized again.
-    reward: what the verifier or the label says, higher is better; None is unknown.
+    reward: what the verifier or the label says, higher is better; None is unknown. A penalty for length is taken off.
+    unpenalised: the reward before that; None where nothing was taken off.
     rewards: the reward functions' separate scores, by name (NaN where a function gave none).
     behaviour_logp: log-prob in nats of each token under the policy that sampled it, NaN where unknown; empty means unknown
         everywhere.
@@ -65,6 +66,7 @@ class Trajectory:
     tokens: tuple[int, ...]
     source: tuple[Source, ...]
     reward: float | None = None
+    unpenalised: float | None = None
     rewards: Mapping[str, float] = field(default_factory=dict)
     behaviour_logp: tuple[float, ...] = ()
     policy_version: int = -1

@@ -87,6 +87,9 @@ from crosstrain.types import Method, Per, Source
 def weighted_sft(coef: float) -> Method:
     return half_sft(coef)
 
+def in_epochs(epochs: int | None = None) -> Method:
+    return half_sft()
+
 def half_sft(coef: float = 0.5) -> Method:
     if coef <= 0:
         raise ValueError(f"coef: got {coef}; it must be positive")
@@ -101,13 +104,14 @@ def test_a_method_of_ones_own_comes_from_a_file(tmp_path: Path) -> None:
     assert made.name == f"{file}:half_sft" and made.settings == {"coef": 0.25}
     assert made.terms[0].coefficient(0) == 0.25
     assert load_method(f"{file}:half_sft").settings == {"coef": 0.5}, "a record has defaults too"
+    assert load_method(f"{file}:in_epochs").settings == {"epochs": None}
     with pytest.raises(UserError, match="coef: got -1"):
         load_method(f"{file}:half_sft", coef=-1)
     with pytest.raises(UserError, match="'cof'; did you mean 'coef'"):
         load_method(f"{file}:half_sft", cof=1)
     with pytest.raises(UserError, match="no function 'half_sf'; did you mean 'half_sft'"):
         load_method(f"{file}:half_sf")
-    with pytest.raises(UserError, match=r"no function 'other'; allowed: half_sft, weighted_sft$"):
+    with pytest.raises(UserError, match=r"no function 'other'; allowed: half_sft, in_epochs, weighted_sft$"):
         load_method(f"{file}:other")
     with pytest.raises(UserError, match="'coef' has no default"):
         load_method(f"{file}:weighted_sft")

@@ -122,6 +122,19 @@ def test_a_closed_gate_lets_nothing_of_an_overflowing_ratio_through(dtype: torch
     assert torch.autograd.grad(part.loss, leaf)[0].tolist() == [[0.0] * 4] * 2
 
 
+def test_a_token_that_a_correction_takes_out_has_no_logged_loss_either() -> None:
+    """A = -1 and r = e^800, which no clip closes; the correction is 0."""
+    batch = two_by_three().with_columns(old_logp=torch.full((2, 4), -801.0).double())
+    batch = replace(batch, advantage=-torch.ones_like(batch.advantage))
+    none = clipped(
+        "t", 0.2, 0.2, on=by(Source.POLICY), per=Per(("own_tokens",)), corrected=lambda logp, batch, on: torch.zeros_like(logp)
+    )
+    leaf = torch.full((2, 4), -1.0).double().requires_grad_()
+    part = term_loss(none, Scores(leaf), batch, {"t": 6.0})
+    assert part is not None and part.logged == 0.0
+    assert torch.autograd.grad(part.loss, leaf)[0].tolist() == [[0.0] * 4] * 2
+
+
 def test_no_gradient_flows_through_the_advantage() -> None:
     batch = two_by_three()
     advantage = batch.advantage.requires_grad_()

@@ -162,7 +162,13 @@ def test_a_group_whose_answers_differ_in_length_alone_is_replaced() -> None:
     soft, dapo = Truncation("penalise", 0.5, 2, 2), load_method("dapo", num_generations=2, dynamic_sampling=3)
     found = run(dapo, sampler=Echo(), truncation=soft)
     assert found.groups == [] and found.drawn == 6
-    assert {t.reward for g in found.rewarded for t in g.trajectories} == {0.5}, "the record has what the verifier said"
+    assert {t.reward for g in found.rewarded for t in g.trajectories} == {0.25, 0.0}, "they are not equal with it"
+
+    def first_right(groups: list[Group]) -> list[Group]:
+        return scored(groups, lambda g, t: float(len(t.response) == 2))
+
+    [kept, _] = run(dapo, sampler=Echo(), rewards=first_right, truncation=soft).groups
+    assert [t.reward for t in kept.trajectories] == [-0.25, 0.5]
 
 
 def test_dynamic_sampling_replaces_dropped_groups_and_stops_at_its_limit() -> None:

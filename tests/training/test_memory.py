@@ -137,12 +137,12 @@ def test_rollouts_may_join_a_recalled_one_and_have_random_numbers_of_their_own()
     assert twice.usage.prefill_tokens == 3 * 2
 
 
-def test_a_recalled_rollout_is_penalised_like_a_new_one() -> None:
+def test_a_recalled_rollout_keeps_its_reward_and_is_penalised_only_once() -> None:
     cut = replace(own((8, 9), reward=0.75), finished=False)
     method = recalling("train:5", sampled=True)
     method = replace(method, plan=replace(method.plan, recall=lambda s, by_id: [Group(by_id("train:5"), (cut,), "train")]))
     found = run(method, n=1, truncation=Truncation("penalise", 0.25))
-    assert found.groups[0].trajectories[0].reward == 0.5
+    assert found.groups[0].trajectories[0].reward == 0.75
 
 
 def test_dropped_recalled_groups_are_not_drawn_again_and_further_draws_recall_nothing() -> None:

@@ -11,7 +11,7 @@ from crosstrain import testing
 from crosstrain.errors import UserError
 from crosstrain.training import reference
 from crosstrain.training.batching import to_batch
-from crosstrain.training.reference import known_reference, reference_column
+from crosstrain.training.reference import cache_name, known_reference, reference_column
 from crosstrain.training.score import score
 from crosstrain.types import Example, Group, Source, Trajectory
 from tensors import equal
@@ -70,3 +70,18 @@ def test_a_row_that_is_not_of_the_data_is_an_error() -> None:
     known = known_reference(testing.tiny_model(), [pair(0)])
     with pytest.raises(UserError, match="train:1: the method changed what its row brings"):
         reference_column(to_batch([Group(pair(1), pair(1).expert)]), known)
+
+
+def test_an_adapter_that_counts_more_or_is_off_has_a_name_of_its_own() -> None:
+    """Its scaling is no weight, and switching it off changes none."""
+    from peft import LoraConfig, get_peft_model
+
+    def named(alpha: int) -> tuple[str, str]:
+        torch.manual_seed(0)
+        model = get_peft_model(testing.tiny_model(), LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj", "v_proj"]))
+        with model.disable_adapter():
+            off = cache_name(model, [], "shared", 64)
+        return cache_name(model, [], "shared", 64), off
+
+    assert len({*named(4), named(32)[0]}) == 3
+    assert named(4) == named(4)

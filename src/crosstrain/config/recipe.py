@@ -52,9 +52,7 @@ class SamplingSpec(BaseModel):
     truncated: Literal["score", "mask", "penalise"] = Field(
         "score", description="A cut completion is scored as it is, left out of the loss, or loses `truncation_penalty`."
     )
-    truncation_penalty: Number = Field(
-        0.0, ge=0, description="Subtracted from a cut completion's reward once the method has chosen by it what to train on."
-    )
+    truncation_penalty: Number = Field(0.0, ge=0, description="Subtracted from a cut completion's reward.")
     overlong_buffer: Whole = Field(
         0,
         description="With `truncated: penalise`: the penalty grows over the last so many tokens before the limit, also for "

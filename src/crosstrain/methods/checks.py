@@ -10,8 +10,8 @@ COUNTS = ("num_generations", "num_iterations", "minibatches", "num_ppo_epochs", 
 
 
 def counts(settings: Mapping[str, Any]) -> None:
-    """ValueError when one of `COUNTS` among the settings is below 1."""
-    at_least(1, **{name: settings[name] for name in COUNTS if name in settings})
+    """ValueError when one of `COUNTS` among the settings is a whole number below 1; what a method means by None is its business."""
+    at_least(1, **{name: settings[name] for name in COUNTS if isinstance(settings.get(name), int)})
 
 
 def at_least(lowest: float, **settings: float) -> None:

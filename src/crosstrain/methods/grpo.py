@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from crosstrain.methods.checks import EQUAL, at_least, clip, inert, several
-from crosstrain.methods.plans import drop_equal_rewards, rollouts
+from crosstrain.methods.plans import drop_equally_right, rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import centred, group_normalised
 from crosstrain.objective.gates import Correction, correction
@@ -106,7 +106,7 @@ def grpo(
     return Method(
         terms=tuple(terms),
         plan=rollouts(num_generations, max_draws=dynamic_sampling),
-        select=drop_equal_rewards if dynamic_sampling > 1 else keep,
+        select=drop_equally_right if dynamic_sampling > 1 else keep,
         advantage=group_normalised if scale_rewards == "group" else centred,
         updates=Updates(num_iterations, minibatches),
         reference="stage_start",
@@ -160,7 +160,7 @@ def dapo(
     dynamic_sampling: draws per step at most, the authors' 10; with 1 groups of equal rewards stay.
 
     The overlong punishment is the recipe's: `sampling: {truncated: penalise, truncation_penalty: 1.0, overlong_buffer: 4096}`. As
-    in the authors' code, which groups are dropped is decided by the rewards without it.
+    in the authors' code, which groups are dropped is decided by rewards without it.
     """
     return grpo(
         num_generations=num_generations,

@@ -116,6 +116,12 @@ def right_answers(
     return select
 
 
+def drop_equally_right(group: Group, state: State) -> Group | None:
+    """The group, or None when all that the verifier said of it is equal, whatever lengths cost (DAPO's filter by accuracy)."""
+    known = [t for t in group.trajectories if t.reward is not None]
+    return group if len({t.reward if t.unpenalised is None else t.unpenalised for t in known}) > 1 else None
+
+
 def drop_equal_rewards(group: Group, state: State) -> Group | None:
     """The group, or None when all its known rewards are equal (no advantage could differ from 0)."""
     rewards = {t.reward for t in group.trajectories if t.reward is not None}

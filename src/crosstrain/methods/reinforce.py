@@ -10,7 +10,7 @@ from torch import Tensor
 from crosstrain.methods.checks import EQUAL, clip, several
 from crosstrain.methods.plans import drop_equal_rewards, right_answers, rollouts
 from crosstrain.methods.registry import method
-from crosstrain.objective.advantages import centred, leave_one_out, mean_over, ones, positive_reward, raw_reward
+from crosstrain.objective.advantages import leave_one_out, ones, positive_reward, raw_reward
 from crosstrain.objective.terms import by, clipped, nll, reinforce_loss, surrogate, token_sum
 from crosstrain.objective.words import says
 from crosstrain.types import Batch, Method, Per, Source, Updates, keep
@@ -156,8 +156,8 @@ def reinforce_rej(num_generations: int = 4, average: Average = "kept") -> Method
 @says("R, but 0 in a group whose rewards are all equal")
 def where_rewards_differ(batch: Batch) -> Tensor:
     """The reward itself, [B], but 0 in a group whose rewards are all equal."""
-    apart = centred(batch) != 0
-    differ = mean_over(batch, apart.to(batch.reward), torch.ones_like(apart)).to(batch.reward) > 0
+    same = batch.group[:, None] == batch.group[None, :]
+    differ = (same & (batch.reward[:, None] != batch.reward[None, :])).any(dim=1)  # a mean of equal numbers may be another
     return torch.where(differ, batch.reward, torch.zeros_like(batch.reward))
 
 

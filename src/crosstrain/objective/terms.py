@@ -160,7 +160,8 @@ def ppo_loss(
         if dual is not None:
             loss = torch.where(advantage < 0, torch.minimum(loss, -advantage * dual), loss)
         if corrected is not None:
-            loss = loss * corrected(logp, batch, on)
+            factor = corrected(logp, batch, on)
+            loss = torch.where(factor == 0, torch.zeros_like(loss), loss * factor)  # 0 times infinity would be NaN
         return loss * normalise(on, batch)
 
     return value

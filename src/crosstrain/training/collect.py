@@ -137,7 +137,7 @@ def collect(
         groups, used = rounds(asking, (recalled if draw == 0 else []) + drawn)
         usage += used
         rewarded += [_sampled_now(g) for g in groups]
-        chosen = [_chosen(method, g, state, truncation) for g in groups]
+        chosen = [_chosen(method, g, state) for g in groups]
         if draw == 0:
             recalled, chosen = [g for g in chosen[: len(recalled)] if g is not None], chosen[len(recalled) :]
         kept += [g for g in chosen if g is not None]
@@ -201,12 +201,9 @@ def _take(method: Method, state: State, stream: Stream, start: int, n: int) -> t
     return sorted(wanted + fill, key=lambda one: one[0]), after, len(passed) - len(fill)
 
 
-def _chosen(method: Method, group: Group, state: State, truncation: Truncation) -> Group | None:
-    """What the method keeps of a group by its rewards, from which the penalty for length is taken off then: what is solved is not
-    a matter of length, and a group whose answers differ in nothing else has nothing to learn from."""
+def _chosen(method: Method, group: Group, state: State) -> Group | None:
     known = with_known_rewards(group) if method.plan.scored else group
-    chosen = None if known is None else method.select(known, state)
-    return None if chosen is None else _penalised(chosen, truncation)
+    return None if known is None else method.select(known, state)
 
 
 def _sampled_now(group: Group) -> Group:
@@ -261,13 +258,13 @@ def rounds(asking: Asking, groups: Sequence[Group]) -> tuple[list[Group], Usage]
         started = time.perf_counter()
         new, used = _sampled(asking, after, asked, index)
         sampled = time.perf_counter()
-        # a demonstration is scored with the first round's completions; only what is new is scored at all
+        # a demonstration is scored with the first round's completions; only what is new is scored, and penalised, at all
         unscored = [replace(after[i], trajectories=(after[i].trajectories if index == 0 else ()) + t) for i, t in new.items()]
         scored = unscored if asking.rewards is None else asking.rewards(unscored)
         usage += used + Usage(sampling_seconds=sampled - started, reward_seconds=time.perf_counter() - sampled)
         for i, g in zip(new, scored, strict=True):
             before = () if index == 0 else after[i].trajectories
-            after[i] = replace(after[i], trajectories=before + g.trajectories)
+            after[i] = replace(after[i], trajectories=before + _penalised(g, asking.truncation).trajectories)
     return after, usage
 
 
@@ -361,9 +358,10 @@ def with_known_rewards(group: Group) -> Group | None:
 
 def _penalised(group: Group, truncation: Truncation) -> Group:
     def penalise(t: Trajectory) -> Trajectory:
-        if t.reward is None or not t.wrote(Source.POLICY):
+        if t.reward is None or t.replayed or not t.wrote(Source.POLICY):
             return t
-        return replace(t, reward=t.reward - truncation.of(t.source.count(Source.POLICY), finished=t.finished))
+        off = truncation.of(t.source.count(Source.POLICY), finished=t.finished)
+        return replace(t, reward=t.reward - off, unpenalised=t.reward) if off else t
 
     return replace(group, trajectories=tuple(penalise(t) for t in group.trajectories))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -85,6 +86,10 @@ def cache_name(model: Any, trajectories: Iterable[Trajectory], layout: Layout, t
     config = model.config
     setting = [layout, tokens_per_micro_batch, config.to_json_string(), config._attn_implementation, why_not(model)]
     setting += [weights_hash(model), str(next(model.parameters()).device), sorted(versions().items())]
+    if hasattr(model, "peft_config"):  # how much an adapter's weights count is not in them, nor whether it is on
+        adapters = {name: config.to_dict() for name, config in model.peft_config.items()}
+        setting.append(json.dumps(adapters, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
+        setting.append(str(model.has_active_enabled_adapter))
     digest = hashlib.sha256(repr(setting).encode())
     for t in trajectories:
         digest.update(repr(_key(t.tokens, t.source)).encode())
