@@ -125,7 +125,7 @@ def _nothing(group: GivenGroup, *, values: bool) -> dict[str, Any]:
 
 
 def _selected(method: Method, index: int, group: Group, state: Mapping[str, Any]) -> Group | None:
-    known = with_known_rewards(group) if method.plan.scored else group
+    known = with_known_rewards(group) if method.plan.scored and method.plan.samples else group
     chosen = None if known is None else method.select(known, state)
     if chosen is not None and not chosen.trajectories:
         if method.plan.needs_expert == "demonstration" and not group.by(Source.EXPERT):

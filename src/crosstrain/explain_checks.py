@@ -17,7 +17,7 @@ def as_collected(method: Method, state: State, index: int, group: Group) -> Grou
     """
     group = replace(group, stream=_stream(method, state, index, group.stream))
     needs = method.plan.brings(group.stream)
-    if group.by(Source.POLICY) and not method.plan.samples:
+    if group.by(Source.POLICY) and not group.by(Source.EXPERT) and not method.plan.samples:
         k = next(k for k, t in enumerate(group.trajectories) if t.wrote(Source.POLICY))
         raise UserError(
             f"groups.{index}.trajectories.{k} has tokens of the policy's, and method {method.name} samples nothing: tag the tokens "
@@ -30,7 +30,7 @@ def as_collected(method: Method, state: State, index: int, group: Group) -> Grou
     else:
         _check_demonstrations(method, state, index, group)
     _check_greedy(method, state, index, group)
-    return _rewarded(method, index, _started(method, state, group))
+    return _rewarded(method, index, _started(method, state, index, group))
 
 
 def _stream(method: Method, state: State, index: int, given: str) -> str:
@@ -80,7 +80,7 @@ def _check_labels(method: Method, index: int, group: Group) -> None:
 def _check_demonstrations(method: Method, state: State, index: int, group: Group) -> None:
     plan = method.plan
     shown = [k for k, t in enumerate(group.trajectories) if demonstrated(t)]
-    if not plan.samples and plan.needs_expert == "demonstration" and not shown:
+    if not plan.samples and plan.needs_expert == "demonstration" and not group.by(Source.EXPERT):
         raise UserError(
             f"method {method.name} needs a demonstration in every group; groups.{index} has none: give a trajectory whose answer "
             "is tagged `expert`"
@@ -124,19 +124,31 @@ def _check_greedy(method: Method, state: State, index: int, group: Group) -> Non
         )
 
 
-def _started(method: Method, state: State, group: Group) -> Group:
+def _started(method: Method, state: State, index: int, group: Group) -> Group:
     """The group with the authors that the plan gives to the tokens of its demonstrations (a prompt that is imitated, too)."""
     if not group.example.expert:
         return group
     made = {t.tokens: t.source for t in method.plan.start(group.example, state)}
+    if any(made.get(t.tokens, t.source) != t.source for t in group.trajectories):
+        _check_one_prompt(index, group)
     return replace(group, trajectories=tuple(replace(t, source=made.get(t.tokens, t.source)) for t in group.trajectories))
+
+
+def _check_one_prompt(index: int, group: Group) -> None:
+    lengths = [t.response_start for t in group.trajectories]
+    k = next((k for k, n in enumerate(lengths) if n != lengths[0]), None)
+    if k is not None:
+        raise UserError(
+            f"groups.{index}: the prompt has {lengths[0]} tokens in trajectories.0 and {lengths[k]} in trajectories.{k}, and the "
+            "method imitates it: give the same prompt in full in each"
+        )
 
 
 def _rewarded(method: Method, index: int, group: Group) -> Group:
     """The group with a reward at every rollout: the file's, or the plan's own where it has one."""
     plan = method.plan
     absent = [k for k, t in enumerate(group.trajectories) if t.reward is None and t.wrote(Source.POLICY)]
-    if not plan.scored or not absent:
+    if not plan.scored or not plan.samples or not absent:
         return group
     where = ", ".join(f"groups.{index}.trajectories.{k}" for k in absent[:5])
     if plan.reward is None:

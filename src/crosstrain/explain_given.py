@@ -8,7 +8,6 @@ Every list of a trajectory has one entry per token; what stands at prompt tokens
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import torch
@@ -87,7 +86,7 @@ OLD = frozenset({"old_logp", "old_value"})
 
 def to_group(index: int, given: GivenGroup) -> Group:
     """The group, its trajectories numbered by `policy_version`; UserError for lists of the wrong length, for rewards out of reach,
-    and for trajectories that are no answers to one prompt."""
+    and for trajectories without an answer."""
     trajectories = []
     for k, t in enumerate(given.trajectories):
         where = f"groups.{index}.trajectories.{k}"
@@ -114,7 +113,6 @@ def to_group(index: int, given: GivenGroup) -> Group:
         tokens = tuple(index * 10**9 + i + (0 if s == Source.PROMPT else (k + 1) * 10**5) for i, s in enumerate(source))
         kept = {"reward": t.reward, "finished": t.finished, "greedy": t.greedy, "replayed": t.replayed}
         trajectories.append(Trajectory(tokens, source, **kept, policy_version=k))
-    _one_prompt(index, trajectories)
     expert = tuple(t for t in trajectories if demonstrated(t))
     prompt = trajectories[0].tokens[: trajectories[0].response_start]
     return Group(Example(given.id or str(index), "", prompt, expert), tuple(trajectories), given.stream)
@@ -123,16 +121,6 @@ def to_group(index: int, given: GivenGroup) -> Group:
 def demonstrated(t: Trajectory) -> bool:
     """Whether it is the data's own answer: an expert's, with nothing that the policy wrote."""
     return t.wrote(Source.EXPERT) and not t.wrote(Source.POLICY)
-
-
-def _one_prompt(index: int, trajectories: Sequence[Trajectory]) -> None:
-    lengths = [t.response_start for t in trajectories]
-    k = next((k for k, n in enumerate(lengths) if n != lengths[0]), None)
-    if k is not None:
-        raise UserError(
-            f"groups.{index}: the prompt has {lengths[0]} tokens in trajectories.0 and {lengths[k]} in trajectories.{k}; a group's "
-            "trajectories are answers to one prompt: give it in full in each, and answers to another prompt in another group"
-        )
 
 
 def check_signs(index: int, given: GivenGroup, group: Group) -> None:
