@@ -170,6 +170,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(tmp_path: Path) -> 
     assert again.names() == ["sft/seed-1", "sft-to-grpo/seed-1"]
     assert steps[0] == 2, "the interrupted run resumes where it was"
     assert "2 of 4 runs are finished" in said
+    assert said.index("measuring a step of each arm") < said.index("runs are finished"), "a minute of silence looks like a hang"
     assert study_json(tmp_path)["resumed"] == 1
 
 

@@ -164,6 +164,7 @@ class _Study:
         pending = self._pending()
         clock = Clock({})
         if pending:
+            self.say("measuring a step of each arm")
             planned = plan_study(self.spec, self.actions.plan, quick=quick, tune=tune)
             code = {name: sha for run in pending for name, sha in code_of(self.spec.recipe(run.arm, run.seed)).items()}
             check_code(self.out, self.runs, code)
