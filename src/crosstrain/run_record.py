@@ -63,9 +63,8 @@ def check_unchanged(folder: Path, record: Mapping[str, Any], found: Mapping[str,
             name = f", {found[whose]}," if whose in found else ""
             raise _changed(folder, f"the weights of the {whose}{name} have", before, now)
     for i, (before, now) in enumerate(zip(record.get("methods", ()), found["methods"], strict=False)):
-        read = json.loads(
-            json.dumps({"name": now["name"], **now["settings"], **now["updates"]})
-        )  # a record has lists for tuples
+        # as a record has it, which has lists for tuples
+        read = json.loads(json.dumps({"name": now["name"], **now["settings"], **now["updates"]}))
         kept = {"name": before["name"], **before["settings"], **before["updates"]}
         for key in sorted(kept.keys() | read.keys()):  # a default may be another in a later version
             if kept.get(key) != read.get(key):
