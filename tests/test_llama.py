@@ -159,6 +159,17 @@ def test_a_model_is_saved_and_loaded_as_any_other(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "llama"
 
 
+@pytest.mark.parametrize("more", [{}, {"tie_word_embeddings": False}])
+def test_no_weight_of_a_served_model_keeps_its_file_in_memory(tmp_path: Path, more: dict[str, Any]) -> None:
+    make("llama", **more).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    assert written_out(model) is not None
+    assert equal(dict(model.named_parameters()), before)
+    # what transformers maps from a file cannot be resized
+    assert all(p.untyped_storage().resizable() for p in model.parameters())
+
+
 def test_what_is_not_written_out_is_named() -> None:
     assert "gpt2" in why_not(AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=2)))
     assert "local attention" in why_not(make("mistral", sliding_window=4))

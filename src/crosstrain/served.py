@@ -19,6 +19,7 @@ from crosstrain import attention
 from crosstrain.fused import Gate
 from crosstrain.head import evaluation_mode
 from crosstrain.llama import Layer, Llama, hidden_states
+from crosstrain.memory import give_back
 
 KINDS = {"llama": 0.0, "mistral": 0.0, "qwen2": 0.0, "qwen3": 0.0, "gemma": 1.0}
 """Served kinds of model, and what their norms add to their weights."""
@@ -56,10 +57,12 @@ def _look(model: Any) -> tuple[Llama | None, str]:
         return None, reason
     if decoder not in _found:
         fused = _fuse(decoder)
+        _let_go(model)
         _found[decoder] = (fused, _tried(_describe(decoder, fused)))
     fused, reason = _found[decoder]
     if not reason and not _are_views(decoder, fused):
         fused = _fuse(decoder)
+        _let_go(model)
         _found[decoder] = (fused, "")
     return (None if reason else _describe(decoder, fused)), reason
 
@@ -134,6 +137,15 @@ def _fuse(decoder: Any) -> Fused:
         return fused
 
     return tuple((one(qkv), one(gate_up)) for qkv, gate_up in map(_together, decoder.layers))
+
+
+def _let_go(model: Any) -> None:
+    """Give the system what the fused weights were in before: a mapped model file, which stays in memory as a whole while any other
+    weight is read from it, or pieces that lie between others."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and not parameter.untyped_storage().resizable():  # it is part of a file
+            parameter.data = parameter.data.clone()
+    give_back()
 
 
 def _are_views(decoder: Any, fused: Fused) -> bool:
