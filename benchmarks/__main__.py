@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,18 @@ from crosstrain.training.record import hardware, versions
 FOLDER = Path("runs/bench")
 RESULTS = Path(__file__).with_name("results.json")
 LIMIT = (
-    "limit: the ratio if our step were its matrix products alone / with torch's kernels for attention, softmax and optimizer"
+    "limit: the ratio if our step were its matrix products alone / with torch's kernels for attention, softmax and optimizer;\n"
+    f"of memory, at most {MEMORY_TARGET} of the peer's: if ours were what is held with everything loaded"
 )
 
 
 @dataclass(frozen=True)
 class Row:
     """A line of the results. ours, peer: the work's units per second. ratio: ours to the peer's, step by step in turn: the median,
-    the smallest and the largest. memory_ratio: of peak memory, ours to the peer's. products_limit, limit: the ratio if our step
-    were its matrix products alone, and those with the kernels of `benchmarks.kernels`. peer_tried: speed of each setting, in the
-    first precision, where they were tried.
+    the smallest and the largest. memory_ratio: of peak memory, ours to the peer's; memory_limit: if ours were what is held with
+    everything loaded, before the first step. products_limit, limit: the ratio if our step were its matrix products alone, and those
+    with the kernels of `benchmarks.kernels`. peer_tried: speed of each setting, in the first precision, where they were tried; None
+    of one that was given up.
     """
 
     work: str
@@ -55,11 +57,12 @@ class Row:
     met: bool
     limit: float | None = None
     products_limit: float | None = None
+    memory_limit: float | None = None
     memory_met: bool | None = None
     ours_memory_gb: float | None = None
     peer_memory_gb: float | None = None
     peer_settings: str = ""
-    peer_tried: dict[str, float] = field(default_factory=dict)
+    peer_tried: dict[str, float | None] = field(default_factory=dict)
     steps: int = 0
 
 
@@ -183,12 +186,13 @@ def compare(bench: Bench, work: Work, precision: str, chosen: Chosen) -> Row:
         best, tried = fastest(sides, logs) if bench.search and len(sides) > 1 else (sides[0], {})
         chosen |= {"best": sides.index(best), "tried": tried}
     best = sides[chosen["best"]]
-    ours, peer, floor = in_turn_with_floor(bench.ours(work.key, precision), best, logs, bench.steps)
-    return row_of(work, precision, ours, peer, floor, best.label, chosen["tried"])
+    ours, peer, floor, loaded = in_turn_with_floor(bench.ours(work.key, precision), best, logs, bench.steps)
+    row = row_of(work, precision, ours, peer, floor, loaded)
+    return replace(row, peer_settings=f"{work.peer}: {best.label}", peer_tried=chosen["tried"])
 
 
-def row_of(work: Work, precision: str, ours: Steps, peer: Steps, floor: Steps, settings: str, tried: dict[str, float]) -> Row:
-    """The line of two workers' steps."""
+def row_of(work: Work, precision: str, ours: Steps, peer: Steps, floor: Steps, loaded: float) -> Row:
+    """The line of two workers' steps. loaded: GiB of ours before the first."""
     ratios = [b / a for a, b in zip(ours.seconds, peer.seconds, strict=True)]
     memory = ours.memory_gb / peer.memory_gb
     return Row(
@@ -205,11 +209,10 @@ def row_of(work: Work, precision: str, ours: Steps, peer: Steps, floor: Steps, s
         met=statistics.median(ratios) >= work.target,
         limit=_limit(floor, peer, "products", "kernels"),
         products_limit=_limit(floor, peer, "products"),
+        memory_limit=loaded / peer.memory_gb,
         memory_met=memory <= MEMORY_TARGET,
         ours_memory_gb=ours.memory_gb,
         peer_memory_gb=peer.memory_gb,
-        peer_settings=f"{work.peer}: {settings}",
-        peer_tried=tried,
         steps=len(ratios),
     )
 
@@ -268,7 +271,8 @@ def show(rows: Sequence[Row], checks: Sequence[Check], record: dict[str, Any]) -
             f"{row.ratio:.2f} ({row.ratio_min:.2f} to {row.ratio_max:.2f})",
             f"{row.target:g} {'met' if row.met else 'not met'}",
             "" if row.limit is None else f"{row.products_limit:.2f} / {row.limit:.2f}",
-            memory + ("" if row.memory_met is None else " met" if row.memory_met else " not met"),
+            memory
+            + ("" if row.memory_met is None else " met" if row.memory_met else f" not met, limit {row.memory_limit:.2f}"),
             row.peer_settings,
         )
     console.print(table)

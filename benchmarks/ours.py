@@ -197,6 +197,7 @@ EXAMPLES = {"sft": _supervised, "documents": _document, "dpo": _pair, "grpo": _q
 def generating(model: Any, prompts: list[Any], *, greedy: bool) -> tuple[Step, Floor]:
     """One completion of each prompt; sampled ones all have the full length, since nothing ends them."""
     sampler = TorchSampler(model, stop_token_ids=())
+    assert sampler.path == "cached"  # found by trying, which brings the weights into memory
     asked = [Prompt(tuple(p["prompt"]), 1, str(i)) for i, p in enumerate(prompts)]
     sampling = Sampling(temperature=0.0 if greedy else 1.0, max_completion_length=NEW_TOKENS)
     turn = iter(range(10**9))

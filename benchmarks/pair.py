@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import statistics
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,16 @@ ENVIRONMENT = {
 """The same for both sides; threads and allocator are left as the system has them."""
 
 
+PATIENCE = 1.5
+"""A setting is no longer tried when a step takes this many times as long as the fastest one's so far."""
+
+
 class WorkerFailed(RuntimeError):
     """A worker ended where an answer was due; the message has the end of its log."""
+
+
+class TooSlow(RuntimeError):
+    """A worker did not answer in time."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +88,12 @@ class Worker:
         )
         self.facts = self._read()
 
-    def step(self) -> dict[str, Any]:
-        """Ask for a step and wait for it."""
+    def step(self, limit: float | None = None) -> dict[str, Any]:
+        """Ask for a step and wait for it. Raises TooSlow after `limit` seconds without an answer; the worker is ended then."""
         self._say("go")
+        if limit is not None and not select.select([self._process.stdout], [], [], limit)[0]:
+            self._process.kill()
+            raise TooSlow(f"{self.side.name}: no answer within {limit:.0f} s")
         return self._read()
 
     def floor(self) -> dict[str, Any]:
@@ -138,23 +150,34 @@ def in_turn(ours: Side, peer: Side, logs: Path, steps: int, warmup: int = 1) -> 
     return Steps(tuple(a for a, _ in lines[warmup:])), Steps(tuple(b for _, b in lines[warmup:]))
 
 
-def in_turn_with_floor(ours: Side, peer: Side, logs: Path, steps: int) -> tuple[Steps, Steps, Steps]:
-    """Steps of two workers after one for warming up, one each in turn, and the floor of each of our steps, measured right after."""
+def in_turn_with_floor(ours: Side, peer: Side, logs: Path, steps: int) -> tuple[Steps, Steps, Steps, float]:
+    """Steps of two workers after one for warming up, one each in turn, the floor of each of our steps, measured right after, and
+    the memory that our worker had with everything loaded, in GiB."""
     with running(ours, logs) as one, running(peer, logs) as other:
         lines = [(one.step(), other.step(), one.floor()) for _ in range(1 + steps)][1:]
+        loaded = float(one.facts["memory_gb"])
     mine, theirs, floors = (Steps(tuple(column)) for column in zip(*lines, strict=True))
-    return mine, theirs, floors
+    return mine, theirs, floors, loaded
 
 
-def fastest(sides: Sequence[Side], logs: Path, steps: int = 1) -> tuple[Side, dict[str, float]]:
-    """The side that does most per second, each tried alone after a warm-up, and what each did; one that fails does nothing."""
-    speeds: dict[str, float] = {}
+def fastest(sides: Sequence[Side], logs: Path) -> tuple[Side, dict[str, float | None]]:
+    """The side that does most per second in a step after one for warming up, each tried alone, and what each did: 0 where it fails,
+    None where it was given up (see PATIENCE)."""
+    speeds: dict[str, float | None] = {}
+    least: list[float] = []  # seconds of the warm-up and of the step, of the quickest so far
     for side in sides:
         try:
-            speeds[side.label] = alone(side, logs, steps).speed
+            with running(side, logs) as worker:
+                lines = [worker.step(PATIENCE * least[i] if least else None) for i in (0, 1)]
         except WorkerFailed as error:
             print(f"    {side.label}: {str(error).splitlines()[-1].strip()}", flush=True)
             speeds[side.label] = 0.0
+        except TooSlow:
+            speeds[side.label] = None
+        else:
+            seconds = [float(line["seconds"]) for line in lines]
+            least = [min(pair) for pair in zip(least or seconds, seconds, strict=True)]
+            speeds[side.label] = lines[1]["amount"] / seconds[1]
     if not any(speeds.values()):
         raise WorkerFailed(f"none of the peer's settings works for {sides[0].name}")
-    return max(sides, key=lambda s: speeds[s.label]), speeds
+    return max(sides, key=lambda s: speeds[s.label] or 0.0), speeds

@@ -25,8 +25,9 @@ class Pace:
         self._started, self._times = 0.0, os.times()
 
     def ready(self, **facts: Any) -> None:
-        """Everything is loaded."""
-        self._tell({"ready": True, **facts})
+        """Everything is loaded, in so much memory."""
+        forget_peak()
+        self._tell({"ready": True, "memory_gb": peak_gb(), **facts})
 
     def asked(self) -> str:
         """Wait for the next word of the parent, from which on time and the peak of memory count; empty when it has gone."""
