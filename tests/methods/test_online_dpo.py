@@ -184,7 +184,7 @@ def test_what_they_ask_of_a_run() -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("online_dpo", {"num_generations": 1}, "a pair needs at least 2"),
+        ("online_dpo", {"num_generations": 1}, "a pair has two answers, so it must be at least 2"),
         ("online_dpo", {"beta": 0.0}, "must be positive"),
         ("online_dpo", {"loss_type": "hinge"}, "allowed: sigmoid, ipo"),
         ("online_dpo", {"dynamic_sampling": 0}, "at least 1"),

@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from crosstrain.methods.checks import several
 from crosstrain.methods.plans import rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.terms import by, pairwise, pairwise_logistic
@@ -45,8 +46,7 @@ def online_dpo(
     The reference is the model the stage started from. TRL samples at temperature 0.9 (`sampling.temperature`) and trains at 1; its
     missing_eos_penalty is `sampling: {truncated: penalise, truncation_penalty: ...}`.
     """
-    if num_generations < 2:
-        raise ValueError(f"num_generations: got {num_generations}; a pair needs at least 2")
+    several(num_generations, "a pair has two answers")
     if beta <= 0:
         raise ValueError(f"beta: got {beta}; it must be positive")
     if loss_type not in ("sigmoid", "ipo"):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from crosstrain.methods.checks import at_least, clip
+from crosstrain.methods.checks import at_least, clip, several
 from crosstrain.methods.plans import keyed_uniforms, told
 from crosstrain.methods.registry import method
 from crosstrain.methods.uft import next_step, nothing
@@ -66,8 +66,7 @@ def prefix_rft(
     in the paper, its whole training. max_completion_length: the constant that sums are divided by; set it to your own token
     limit.
     """
-    if num_generations < 2:
-        raise ValueError(f"num_generations: got {num_generations}; one rollout has a prefix, so it must be at least 2")
+    several(num_generations, "one rollout has a prefix")
     if not 0 < entropy_share <= 1:
         raise ValueError(f"entropy_share: got {entropy_share}; it must be in (0, 1]")
     if not 0 <= shortest <= longest < 1:

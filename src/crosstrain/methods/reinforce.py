@@ -46,8 +46,7 @@ def rloo(num_generations: int = 4) -> Method:
     No ratio and no KL term, as the paper's estimator; TRL's trainer of that name adds a sequence-level clipped ratio and
     takes a KL off the reward.
     """
-    if num_generations < 2:
-        raise ValueError(f"num_generations: got {num_generations}; leaving one out needs at least 2")
+    several(num_generations, "a single completion leaves nothing when it is left out")
     term = surrogate(
         "rl", on=by(Source.POLICY), per=Per(("sequences",)), logged=reinforce_loss(token_sum), describe="-A log pi"
     )

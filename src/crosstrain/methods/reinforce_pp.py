@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from crosstrain.methods.checks import clip
+from crosstrain.methods.checks import clip, several
 from crosstrain.methods.plans import rollouts
 from crosstrain.methods.registry import method
 from crosstrain.objective.advantages import centred, raw_reward, whitened
@@ -74,8 +74,7 @@ def reinforce_pp_baseline(
 
     beta: coefficient of a k2 KL term to the reference, 0 for none.
     """
-    if num_generations < 2:
-        raise ValueError(f"num_generations: got {num_generations}; a group mean needs at least 2")
+    several(num_generations, "the mean of a single completion leaves no advantage")
     if beta < 0:
         raise ValueError(f"beta: got {beta}; it must be 0 (no KL) or positive")
     return _made(centred, num_generations, epsilon, beta, Updates(num_iterations, minibatches))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from crosstrain.methods.checks import positive
+from crosstrain.methods.checks import positive, several
 from crosstrain.methods.memory import as_json, name_of, replayed, solve_rate
 from crosstrain.methods.plans import keyed_uniforms
 from crosstrain.methods.registry import method
@@ -66,8 +66,7 @@ def replay(
     likeliest to be drawn. rate_std: how far from it others are drawn, as a standard deviation. per_prompt: successes that are
     remembered of a prompt at most. capacity: prompts that are remembered at most.
     """
-    if num_generations < 2:
-        raise ValueError(f"num_generations: got {num_generations}; one of a group is replayed, so it must be at least 2")
+    several(num_generations, "one of a group is replayed")
     if not 0 < replay_ratio <= 1 or not 0 <= start_rate <= 1 or not 0 <= target_rate <= 1:
         raise ValueError(
             f"got replay_ratio={replay_ratio}, start_rate={start_rate}, target_rate={target_rate}; they must be in [0, 1], and "
