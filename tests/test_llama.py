@@ -110,7 +110,7 @@ def test_a_single_line_gets_what_it_gets_among_others(kind: str) -> None:
     caches = [PreallocatedCache(torch.ones(n, 5, dtype=torch.bool)) for n in (1, 2)]
     found = []
     for cache in caches:
-        n = cache.rows
+        n = cache.lines
         extend(llama, tokens.expand(n, 3), positions.expand(n, 3), cache)
         for tensors in (cache.keys, cache.values):
             tensors[:] = [torch.cat([t, t.new_zeros(n, t.shape[1], 2, t.shape[3])], dim=2) for t in tensors]

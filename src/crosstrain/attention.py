@@ -4,7 +4,7 @@ torch's kernel for processors is made for long rows. For rows of 60 tokens its b
 attention written as matrix products, and for decoding, one query per row, it takes ten times longer, because keys that several
 query heads share are copied for each of them first. Here the query heads that share a key are rows of one matrix product.
 Queries are taken a block at a time with the columns that any of them sees: nothing is computed between the many short texts of a
-line, or of what comes after a query. Scores exist for a few lines at once, small enough for the processor's cache; backward
+packed line, or of what comes after a query. Scores exist for a few lines at once, small enough for the processor's cache; backward
 computes them again.
 """
 
@@ -118,7 +118,7 @@ def blocks(mask: Tensor, lines: int, dtype: torch.dtype) -> list[Block]:
         part = mask[:, 0, start : start + queries]
         seen = part.any(dim=1)
         width = max(int(seen.sum(dim=1).max()), 1)
-        # those that are seen first, in their order; lines that see fewer are filled up with others, which the bias hides
+        # those that are seen come first, in their order; lines that see fewer are filled up with others, which the bias hides
         columns = seen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
         bias = added(part.gather(2, columns[:, None].expand(-1, part.shape[1], -1)), dtype)
         assert bias is not None
@@ -267,8 +267,8 @@ def _weights(part: _Part, scaling: float, memory: Tensor) -> Tensor:
     several, queries, _ = part.query.shape
     length, columns = part.bias.shape[2:]
     scores = memory[: several * queries * columns].view(several, queries, columns)
-    exact = part.query.dtype == part.key.dtype == torch.bfloat16 and part.query.device.type == "cpu"
-    with bf16_products() if exact else nullcontext():
+    from_bf16 = part.query.dtype == part.key.dtype == torch.bfloat16 and part.query.device.type == "cpu"
+    with bf16_products() if from_bf16 else nullcontext():
         torch.bmm(part.query.to(memory.dtype), part.key.to(memory.dtype).transpose(1, 2), out=scores)
     apart = scores.view(-1, part.keys * queries // length, length, columns)
     torch.add(part.bias, apart, alpha=scaling, out=apart)

@@ -38,9 +38,9 @@ def head_logits(
     if parameters is None or next(iter(parameters.values())).dtype in HALF:
         parameters = head_parameters(model)
     dtype = next(iter(parameters.values())).dtype
-    exact = weight is not None and hidden.dtype == weight.dtype == torch.bfloat16 and hidden.device.type == "cpu"
-    with bf16_products() if exact and len(hidden) > FEW else nullcontext():
-        if memory is not None and weight is not None:
+    from_bf16 = weight is not None and hidden.dtype == weight.dtype == torch.bfloat16 and hidden.device.type == "cpu"
+    with bf16_products() if from_bf16 and len(hidden) > FEW else nullcontext():
+        if memory is not None and weight is not None:  # nothing comes after such a head
             return torch.mm(hidden.to(dtype), parameters["weight"].T, out=memory[: len(hidden)])
         logits: Tensor = functional_call(model.get_output_embeddings(), dict(parameters), (hidden.to(dtype),))
     return _after_head(model, logits)

@@ -31,7 +31,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Llama:
-    """A decoder that this file can run. heads, keys: of queries, and of keys and values. size: of a head."""
+    """A decoder that this file can run.
+
+    heads, keys: how many heads queries have, and how many keys and values have. size: of a head. added: what norms add to their
+    weights (Gemma: 1).
+    """
 
     decoder: Any
     layers: tuple[Layer, ...]
@@ -105,7 +109,7 @@ def extend(llama: Llama, tokens: Tensor, positions: Tensor, cache: Any) -> Tenso
         bias = torch.cat([a.q_proj.bias, a.k_proj.bias, a.v_proj.bias]) if a.q_proj.bias is not None else None
         qkv = F.linear(rms_norm(x, norm_weight(m.input_layernorm, llama), llama.eps), layer.qkv, bias).view(rows, length, -1)
         query, key, value = _heads(llama, layer, qkv, cos, sin, grad=False)
-        if length > 1:  # a cache keeps what a prefill gives it, which must not be part of something larger
+        if length > 1:  # a cache keeps what a prefill gives it: a view would keep the queries too
             key, value = key.contiguous(), value.contiguous()
         if cache.length:
             key, value = cache.update(key, value, i)

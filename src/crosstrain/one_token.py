@@ -1,4 +1,4 @@
-"""One more token for every line, on a processor: what `llama.extend` does, for steps in which calls cost as much as products.
+"""One more token for every line, on a processor: what `llama.extend` does, where calling an operation takes as long as its product.
 
 Hidden states stand upright, [E, N], a column for each line. A weight [O, I] is then the left side of its product and is read as it
 lies; on the right oneDNN rearranges it first, at every call: for up to 128 lines its products take half as long again.

@@ -37,7 +37,7 @@ def test_merged_rows_keep_their_entries_aligned_on_the_right_with_zeros_before_t
     wanted = [(one, [1, 2, 2], 100.0), (two, [1, 0], 1000.0)]
     expected = [row(cache, i, layer).clone() for layer in range(2) for cache, index, _ in wanted for i in index]
     merged = merge([(cache, torch.tensor(index)) for cache, index, _ in wanted], 5, room=3)
-    assert (merged.rows, merged.length, merged.capacity) == (5, 4, 7)  # the row of 5 is gone and its columns with it
+    assert (merged.lines, merged.length, merged.capacity) == (5, 4, 7)  # the row of 5 is gone and its columns with it
     assert merged.real[:, :4].sum(dim=1).tolist() == [2, 3, 3, 1, 4]
     found = [row(merged, i, layer) for layer in range(2) for i in range(5)]
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
@@ -72,7 +72,7 @@ def test_a_fork_is_a_copy_in_memory_that_is_there_already() -> None:
     memory = [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)]
     expected = [row(cache, i, layer).clone() for layer in range(2) for i in (0, 1, 1, 0)]
     cache.fork(torch.tensor([1, 0]))
-    assert (cache.rows, cache.length, cache.capacity) == (4, 3, 5)
+    assert (cache.lines, cache.length, cache.capacity) == (4, 3, 5)
     assert all(torch.equal(row(cache, i, layer), expected[4 * layer + i]) for layer in range(2) for i in range(4))
     cache.update(torch.arange(4.0)[:, None, None, None].expand(4, 3, 1, 4), torch.zeros(4, 3, 1, 4), 0)
     assert cache.keys[0][:, 0, 3, 0].tolist() == [0.0, 1.0, 2.0, 3.0], "each goes on by itself"
@@ -85,7 +85,7 @@ def test_rows_that_are_kept_stay_or_move_to_where_others_were(kept: list[int]) -
     memory = [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)]
     expected = [[row(cache, i, layer).clone() for layer in range(2)] for i in kept]
     at = cache.keep(torch.tensor(kept))
-    assert cache.rows == len(kept) and sorted(at.tolist()) == list(range(len(kept)))
+    assert cache.lines == len(kept) and sorted(at.tolist()) == list(range(len(kept)))
     for place, wanted in zip(at.tolist(), expected, strict=True):
         assert all(torch.equal(row(cache, place, layer), wanted[layer]) for layer in range(2))
     width = max([5, 2, 3, 4, 1][i] for i in kept)

@@ -20,6 +20,7 @@ from crosstrain.rollout.sampler import Completion, Prompt, Sampling, check_keys,
         ("temperature", math.nan),
         ("temperature", math.inf),
         ("temperature", "1"),
+        ("temperature", 1e-7),
         ("top_p", 0.0),
         ("top_p", 1.01),
         ("top_p", math.nan),
@@ -37,7 +38,7 @@ def test_a_bad_setting_is_named_with_what_it_got_and_what_is_allowed(field: str,
 
 def test_the_edges_of_what_is_allowed_pass() -> None:
     Sampling(temperature=0, top_p=1, top_k=0, max_completion_length=1)
-    Sampling(temperature=1e-3, top_p=1e-9, top_k=10**6)
+    Sampling(temperature=1e-6, top_p=1e-9, top_k=10**6)
 
 
 def test_a_prompt_needs_tokens_and_a_completion_to_ask_for() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -529,6 +530,55 @@ def test_nan_logits_stop_with_the_prompts_name() -> None:
         model.get_input_embeddings().weight[33] = float("nan")
     with pytest.raises(FloatingPointError, match="prompt bad: the model's logits are not finite"):
         sampler.sample([Prompt((7, 33), 1, "bad")], Sampling(max_completion_length=2), seed=0, step=0)
+
+
+def test_a_broken_model_is_not_blamed_on_a_prompt_that_nobody_gave() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"^the model's logits are not finite.* weights may be damaged"):
+        TorchSampler(model, stop_token_ids=()).sample([Prompt((7, 33), 1, "mine")], Sampling(), seed=0, step=0)
+
+
+def test_running_lines_are_moved_only_for_a_prompt_that_comes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six completions leave no room for six more until they have ended, however few of them still run."""
+    merges: list[int] = []
+
+    def merge_and_note(parts: Any, *args: Any, **more: Any) -> PreallocatedCache:
+        merges.append(len(parts))
+        return merge(parts, *args, **more)
+
+    merge = decode.merge
+    model = tiny_model()
+    sampler = TorchSampler(model, stop_token_ids=STOPS, token_budget=1000)
+    assert sampler.path == "cached"
+    monkeypatch.setattr(decode, "merge", merge_and_note)
+    prompts = [Prompt(tuple(7 + (i * k) % 50 for i in range(100)), 6, str(k)) for k in (1, 3)]
+    found = sampler.sample(prompts, Sampling(temperature=1.5, max_completion_length=50), seed=1, step=0)
+    assert len({len(c.tokens) for c in found[0]}) > 3, "the test needs completions that end one after another"
+    assert len(merges) == 2
+
+
+def test_a_batch_that_has_ended_is_let_go_before_the_next_one_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[PreallocatedCache]] = []
+    alive: list[int] = []
+
+    def merge_and_note(*args: Any, **more: Any) -> PreallocatedCache:
+        cache = merge(*args, **more)
+        made.append(weakref.ref(cache))
+        return cache
+
+    def prefill_and_note(*args: Any) -> Any:
+        alive.append(sum(cache() is not None for cache in made))
+        return prefill(*args)
+
+    merge, prefill = decode.merge, decode._prefill
+    sampler = TorchSampler(tiny_model(), stop_token_ids=(), token_budget=50)
+    assert sampler.path == "cached"
+    monkeypatch.setattr(decode, "merge", merge_and_note)
+    monkeypatch.setattr(decode, "_prefill", prefill_and_note)
+    sampler.sample(mixed_prompts(6, n=3), Sampling(max_completion_length=4), seed=0, step=0)  # all end together
+    assert len(alive) > 2 and not any(alive)
 
 
 def test_learned_positions_that_would_run_out_are_refused_before_the_start() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,18 @@ def test_backward_twice_is_an_error_and_not_a_wrong_gradient() -> None:
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_probabilities_are_kept_only_where_a_gradient_may_be_asked_for(monkeypatch: pytest.MonkeyPatch, asked: bool) -> None:
+    hidden, weight, targets, _ = inputs(9)
+    monkeypatch.setattr(module, "CHUNK", 4)
+    sizes: list[tuple[Any, ...]] = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **more: sizes.append(size) or empty(*size, **more))
+    with torch.set_grad_enabled(asked):
+        token_logp(hidden, weight, targets)
+    assert ((9, V) in sizes) == asked and (4, V) in sizes
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])

@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 class PreallocatedCache:
-    """Keys and values [rows, heads, capacity, dim] of every layer, written in place, as transformers' models call a cache.
+    """Keys and values [lines, heads, capacity, dim] of every layer, written in place, as transformers' models call a cache.
 
-    Rows are aligned on the right: all of them write to the same column, and shorter ones have unused columns on the left.
-    It is not a transformers Cache, which grows by concatenation or cannot change its rows: attention asks for `update`, the
+    Lines are aligned on the right: all of them write to the same column, and shorter ones have unused columns on the left.
+    It is not a transformers Cache, which grows by concatenation or cannot change its lines: attention asks for `update`, the
     mask for the lengths, and nothing else. Models that ask for more (state-space layers, layers that share keys) are not served.
 
-    real: [rows, capacity] bool, the columns that hold a token of the row. length: columns written so far. Memory may be there
-    for more rows than are in use, see `fork`.
+    real: [lines, capacity] bool, the columns that hold a token of the line, or will: those that are not written yet are True.
+    length: columns written so far. Memory may be there for more lines than are in use, see `fork`.
     """
 
     is_compileable = False
@@ -30,8 +30,8 @@ class PreallocatedCache:
         self.values: list[Tensor] = []
 
     @property
-    def rows(self) -> int:
-        """How many rows there are."""
+    def lines(self) -> int:
+        """How many lines there are."""
         return int(self.real.shape[0])
 
     @property
@@ -40,35 +40,35 @@ class PreallocatedCache:
         return int(self.real.shape[1])
 
     def update(self, key: Tensor, value: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add the new columns of a layer, [rows, heads, new, dim], and return all of its keys and values so far."""
-        if layer_idx == len(self.keys):  # a prefill, which fills its columns at once
+        """Add the new columns of a layer, [lines, heads, new, dim], and return all of its keys and values so far."""
+        if layer_idx == len(self.keys):  # the first pass: what it gives is all there is
             self.keys.append(key)
             self.values.append(value)
             return key, value
         end = self.length + key.shape[2]
         keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[: self.rows, :, self.length : end] = key
-        values[: self.rows, :, self.length : end] = value
-        return keys[: self.rows, :, :end], values[: self.rows, :, :end]
+        keys[: self.lines, :, self.length : end] = key
+        values[: self.lines, :, self.length : end] = value
+        return keys[: self.lines, :, :end], values[: self.lines, :, :end]
 
     def advance(self, columns: int) -> None:
         """After a forward pass over new columns."""
         self.length += columns
 
     def mask(self, columns: int) -> Tensor:
-        """[rows, length + columns] bool: transformers' padding mask for a forward pass over new columns."""
+        """[lines, length + columns] bool: transformers' padding mask for a forward pass over new columns."""
         return self.real[:, : self.length + columns]
 
     def fork(self, source: Tensor) -> None:
-        """Add rows that are copies of the rows `source`, [n], in memory that `merge` has kept for them: its `most` in all."""
-        new = slice(self.rows, self.rows + len(source))
+        """Add lines that are copies of the lines `source`, [n], in memory that `merge` has kept for them: its `most` in all."""
+        new = slice(self.lines, self.lines + len(source))
         self.real = torch.cat([self.real, self.real[source]])
         for tensor in (*self.keys, *self.values):
             tensor[new, :, : self.length] = tensor[:, :, : self.length].index_select(0, source)
 
     def keep(self, source: Tensor) -> Tensor:
-        """Drop all rows but `source`, [n], rising; the last of them move to where others were, in the same memory, and columns
-        that none of them uses are left out. Returns [n], where each of them is then."""
+        """Drop all lines but `source`, [n], rising, in the same memory: those from n on move to where dropped ones were, and
+        columns that none of them uses are left out. Returns [n], where each of them is then."""
         n = len(source)
         moved = source[source >= n]
         free = torch.ones(n, dtype=torch.bool, device=source.device)
@@ -85,9 +85,9 @@ class PreallocatedCache:
         return torch.cat([source[source < n], holes])
 
     def close_gaps(self) -> None:
-        """Move the unused columns of every row to its left; positions are in the keys, so that their order is free.
+        """Move the unused columns of every line to its left; positions are in the keys, so that their order is free.
 
-        Only before rows are added or dropped: there must be memory for those in use alone.
+        Only before lines are added or dropped: the memory must be of exactly as many as there are.
         """
         order = self.real.int().argsort(dim=1, stable=True)
         self.real = self.real.gather(1, order)
@@ -107,14 +107,14 @@ class PreallocatedCache:
 
 
 def merge(parts: Sequence[tuple[PreallocatedCache, Tensor]], most: int, room: int) -> PreallocatedCache:
-    """One cache of the chosen rows of each part, with room for `most` rows in all and further columns. The parts are emptied.
+    """One cache of the chosen lines of each part, with room for `most` lines in all and further columns. The parts are emptied.
 
-    parts: caches with the rows to take, in order; a row may be taken several times (a prompt for each of its completions).
-    Columns that no chosen row uses are dropped. On a processor all layers are in one piece of memory, which goes back to the system
-    in one piece, and of which only what is in use is ever touched; elsewhere a layer's old memory is freed before the next is
-    allocated.
+    parts: caches with the lines to take, in order; a line may be taken several times (a prompt for each of its completions).
+    Columns that no chosen line uses are dropped. On a processor all layers are in one piece of memory, which goes back to the
+    system in one piece, when its last layer is empty, and of which only what is in use is ever touched; elsewhere a layer's old
+    memory is freed before the next is allocated.
     """
-    used = [cache.real[rows, : cache.length] for cache, rows in parts]
+    used = [cache.real[lines, : cache.length] for cache, lines in parts]
     needs = [int(real.shape[1] - real.any(dim=0).int().argmax()) for real in used]
     columns, total = max(needs), sum(len(real) for real in used)
     real = used[0].new_zeros(total, columns + room)
@@ -133,14 +133,15 @@ def merge(parts: Sequence[tuple[PreallocatedCache, Tensor]], most: int, room: in
     targets = _allocate(wanted)
     for layer in range(len(first.keys)):
         for name in ("keys", "values"):
-            source: list[Tensor] = [getattr(cache, name)[layer] for cache, _ in parts]
             target = next(targets)
-            for (cache, rows), tensor, need, start in zip(parts, source, needs, starts, strict=True):
-                taken = tensor[:, :, cache.length - need : cache.length].index_select(0, rows)
-                here = target[start : start + len(rows)]
+            for (cache, lines), need, start in zip(parts, needs, starts, strict=True):
+                tensors: list[Tensor] = getattr(cache, name)
+                taken = tensors[layer][:, :, cache.length - need : cache.length].index_select(0, lines)
+                tensors[layer] = taken.new_empty(0)  # no name holds what was there
+                here = target[start : start + len(lines)]
                 here[:, :, : columns - need] = 0  # attention gives added columns weight 0, and 0 * NaN would be NaN
                 here[:, :, columns - need : columns] = taken
-                getattr(cache, name)[layer] = tensor.new_empty(0)
+                del taken
             getattr(merged, name).append(target)
     return merged
 

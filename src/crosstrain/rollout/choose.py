@@ -16,13 +16,13 @@ NUCLEUS = 512
 def choose(
     logits: Tensor, place: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int, greedy: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The next token of each row and its log-prob, [R] and [R].
+    """The next token of each row and its log-prob, [R] and [R]. The logits are overwritten.
 
     logits: [P, V] in at least fp32. place: [R], which of them is each row's: rows may share one, and what is computed of a whole
     vocabulary is computed once for them. uniform: [R] in [0, 1). greedy: [R] bool, rows that take the most likely token. The
     log-prob is under softmax(logits / temperature) over the whole vocabulary, whatever top_p and top_k remove; at temperature 0
-    under softmax(logits). It is NaN where logits are NaN. The logits are overwritten: new memory for as many numbers would
-    take longer to get than to fill.
+    under softmax(logits). It is NaN where logits are NaN. New memory for as many numbers would take longer to get than
+    to fill.
 
     >>> logits, one = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([0, 0])
     >>> choose(logits, one, torch.tensor([0.05, 0.99]), 1.0, 1.0, 0, torch.tensor([False, False]))[0]
@@ -37,7 +37,7 @@ def choose(
     token = best[place]
     if temperature > 0 and not bool(greedy.all()):
         token = torch.where(greedy, token, _draw(weight, place, uniform, top_p, top_k))
-    # a drawn token's weight is positive; log and exp cancel to fp32's last digits, but for weights below 1e-38
+    # a drawn token's weight is positive; the log of exp loses only fp32's last digits, and more below 1e-38, where fp32 has fewer
     return token, weight[place, token].log() - weight.sum(dim=1).log()[place]
 
 
@@ -74,10 +74,10 @@ def _first_past(weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     A target at or past the end, which rounding can make, falls on an index of positive weight all the same.
     """
     running = weight.cumsum(dim=1)
-    # parallel devices may round a running sum down where a weight is 0; on a CPU it never falls and this changes nothing
+    # on parallel devices a running sum may fall a little where a weight is 0; on a processor it never does
     reached = torch.where(weight > 0, running, 0)
     end = reached.amax(dim=1)
-    target = torch.minimum(target, torch.nextafter(end, torch.zeros_like(end)))
+    target = torch.minimum(target, torch.nextafter(end, torch.zeros_like(end)))  # always below the end
     index = (reached > target[:, None]).to(torch.uint8).argmax(dim=1)
     before = F.pad(running, (1, 0)).gather(1, index[:, None])[:, 0]
     return index, (target - before).clamp_(min=0)
@@ -94,10 +94,10 @@ def keep_likely(weight: Tensor, top_p: float, top_k: int) -> tuple[Tensor, Tenso
     tensor([1, 2])
     """
     size = weight.shape[1]
-    first = min(top_k or NUCLEUS, size)
-    likely, index = weight.topk(first, dim=1)
+    kept = min(top_k or NUCLEUS, size)
+    likely, index = weight.topk(kept, dim=1)
     total = likely.sum(dim=1) if top_k else weight.sum(dim=1)
-    if not top_k and first < size and bool((likely.sum(dim=1) < top_p * total).any()):
+    if not top_k and kept < size and bool((likely.sum(dim=1) < top_p * total).any()):
         likely, index = weight.sort(dim=1, descending=True)
     if top_p < 1:
         before = F.pad(likely.cumsum(dim=1), (1, -1))

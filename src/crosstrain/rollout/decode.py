@@ -1,7 +1,7 @@
 """The decoding loops: with keys and values kept, or without.
 
 A row is a completion; a line of the batch is a text, of one or more rows that are still the same, and is computed once. Where the
-rows of a line draw different tokens, the first text goes on in the line and the others in copies of it:
+rows of a line draw different tokens, the text with the smallest of them goes on in the line and the others in copies of it:
 
     rows 0 1 2 on line 0 draw 7 9 7, row 3 on line 1 draws 7   ->   rows 0 2 on line 0, row 3 on line 1, row 1 on the new line 2
 
@@ -33,11 +33,11 @@ REFILL_BELOW = 0.75
 """Waiting prompts come in when fewer than this share of a batch's rows still runs: all of its lines are copied to a new cache."""
 
 ENOUGH_LINES = 64
-"""And, on a processor, fewer lines than this: of 135M parameters on 2 cores, a token takes 50 ms and 0.9 ms for each line, whose
-copy takes 2.6 ms, so that a large batch of short completions is better run to its end."""
+"""On a processor they come in only when also fewer lines than this run: of 135M parameters on 2 cores, a token takes 50 ms and
+0.9 ms for each line, and copying a line 2.6 ms, so that a large batch of short completions is better run to its end."""
 
 HEAD_ROWS = 128
-"""Lines whose logits exist at once: 128 x 49,152 in fp32 are 25 MB."""
+"""Lines whose logits exist at once, and so the most prompts of a prefill: 128 x 49,152 in fp32 are 25 MB."""
 
 PREFILL_TOKENS = 4096
 """Prompt tokens in one forward pass, padding included, unless a single prompt has more."""
@@ -53,9 +53,9 @@ class Policy:
     llama: the decoder written out (`crosstrain.llama`), or None where the model's own code runs.
     parameters: the head's, cast once where the device needs that; None where only the model's own forward knows the logits (see
         `check_head`).
-    memory: room for the logits of HEAD_ROWS lines, which every token's are written to.
+    memory: room for the logits of HEAD_ROWS lines, used again for every token.
     shares_start: whether prompts of one prefill may share the columns of what they start with. Not where attention counts columns
-    (local windows, ALiBi): there may be unused ones between the start and the rest.
+    (local windows, ALiBi): during the prefill there are unused ones between the start and the rest of shorter prompts.
     """
 
     model: Any
@@ -94,7 +94,8 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Part:
-    """What goes into the next batch: [L] lines of a cache (a prompt several times), then as in `_Batch`."""
+    """What goes into the next batch. source: [L], the line of `cache` that each of its lines starts from (a prompt several times,
+    where its rows drew different tokens). The others as in `_Batch`."""
 
     cache: PreallocatedCache
     source: Tensor
@@ -108,8 +109,8 @@ class _Part:
 class _Drawn:
     """What became of rows with their next token.
 
-    row: [R], those that go on. text: [R], rising, which of the T different texts each of them is now. source: [T], rising, the line
-    that a text comes from. token: [T], what it says next.
+    row: [R], those that go on. text: [R], rising, which of the T different texts each of them is now: where it is in the next two.
+    source: [T], rising, the line that a text comes from. token: [T], what it says next.
     """
 
     row: Tensor
@@ -124,12 +125,15 @@ def cached(policy: Policy, asks: Sequence[Ask], rows: Rows, token_budget: int) -
     batch: _Batch | None = None
     while waiting or batch is not None:
         running = 0 if batch is None else len(torch.unique_consecutive(batch.line))
-        if waiting and (batch is None or _is_worn(batch, running)):
-            batch = _refill(policy, batch, waiting, rows, token_budget)
-        elif batch is not None and running < COMPACT_BELOW * batch.cache.rows:
+        worn = batch is None or _is_worn(batch, running)
+        if admitted := _admit(waiting, batch, rows.limit, token_budget) if worn else []:
+            batch = _refill(policy, batch, admitted, rows)
+        elif batch is not None and running < COMPACT_BELOW * batch.cache.lines:
             batch = _compact(batch)
         if batch is not None:
             _step(policy, batch, rows)
+            if not len(batch.row):
+                batch = None  # so that its memory is free for the next
 
 
 def _is_worn(batch: _Batch, running: int) -> bool:
@@ -137,14 +141,12 @@ def _is_worn(batch: _Batch, running: int) -> bool:
     return len(batch.row) < REFILL_BELOW * batch.started and (batch.token.device.type != "cpu" or running < ENOUGH_LINES)
 
 
-def _compact(batch: _Batch) -> _Batch | None:
-    """The batch without idle lines, in the same memory; None when none runs."""
-    if not len(batch.row):
-        return None
-    source, place = torch.unique_consecutive(batch.line, return_inverse=True)
+def _compact(batch: _Batch) -> _Batch:
+    """The batch without idle lines, in the same memory."""
+    source, which = torch.unique_consecutive(batch.line, return_inverse=True)
     at = batch.cache.keep(source)
-    line, order = at[place].sort(stable=True)
-    back = at.argsort()  # the line that is where
+    line, order = at[which].sort(stable=True)
+    back = at.argsort()  # which of those kept is line 0, 1, ... now
     return replace(
         batch, token=batch.token[source[back]], position=batch.position[source[back]], row=batch.row[order], line=line
     )
@@ -154,30 +156,28 @@ def _step(policy: Policy, batch: _Batch, rows: Rows) -> None:
     """One more token for every row that runs; lines without any idle until they are dropped."""
     hidden = _forward(policy, batch.token[:, None], batch.position[:, None], batch.cache)
     drawn = _draw(policy, hidden, batch.line, batch.row, rows)
-    parts = torch.zeros_like(drawn.source, dtype=torch.bool)
-    parts[1:] = drawn.source[1:] == drawn.source[:-1]  # the first text of a line goes on in it, the others behind the last line
-    line = torch.where(parts, batch.cache.rows - 1 + parts.cumsum(0), drawn.source)
-    parted = torch.nonzero(parts).flatten()
-    if len(parted):
-        copied = drawn.source[parted]
+    leaves = torch.zeros_like(drawn.source, dtype=torch.bool)
+    leaves[1:] = drawn.source[1:] == drawn.source[:-1]  # a line's first text stays in it, the others go behind the last line
+    line = torch.where(leaves, batch.cache.lines - 1 + leaves.cumsum(0), drawn.source)
+    leaving = torch.nonzero(leaves).flatten()
+    if len(leaving):
+        copied = drawn.source[leaving]
         batch.cache.fork(copied)
         batch.position = torch.cat([batch.position, batch.position[copied]])
-        batch.token = torch.cat([batch.token, drawn.token[parted]])
+        batch.token = torch.cat([batch.token, drawn.token[leaving]])
     batch.position[line] += 1
     batch.token[line] = drawn.token
     batch.line, order = line[drawn.text].sort(stable=True)
     batch.row = drawn.row[order]
 
 
-def _refill(policy: Policy, batch: _Batch | None, waiting: deque[Ask], rows: Rows, token_budget: int) -> _Batch | None:
-    """The rows that still run and as many waiting ones as the budget has room for; None when no row goes on.
+def _refill(policy: Policy, batch: _Batch | None, admitted: Sequence[Ask], rows: Rows) -> _Batch | None:
+    """The rows that still run and those of admitted prompts; None when no row goes on.
 
-    The cache has room for as many lines as rows, which is enough: each line was made for a row that no other line was made for.
+    The cache has room for as many lines as rows, which is enough: of every line, also one that idles, some row was the last on it,
+    and no two lines have the same. Of its columns, the last token of a completion needs none, since nothing follows it.
     """
     parts = [] if batch is None else [_running(batch)]
-    held = sum(len(p.row) for p in parts)
-    columns = max((int(p.position.max()) for p in parts if len(p.row)), default=0)
-    admitted = _admit(waiting, held, columns, rows.limit, token_budget)
     parts += [_prefill(policy, chunk, rows) for chunk in _chunks(admitted, policy.shares_start)]
     parts = [p for p in parts if len(p.row)]
     if not parts:
@@ -199,8 +199,10 @@ def _running(batch: _Batch) -> _Part:
     return _Part(batch.cache, source, batch.token[source], batch.position[source], batch.row, line)
 
 
-def _admit(waiting: deque[Ask], held: int, columns: int, limit: int, token_budget: int) -> list[Ask]:
-    """Take from `waiting` what fits beside `held` rows of `columns` columns; at least one where nothing is held."""
+def _admit(waiting: deque[Ask], batch: _Batch | None, limit: int, token_budget: int) -> list[Ask]:
+    """Take from `waiting` what fits beside the rows that run; where none do, at least one, even if it does not fit."""
+    held = 0 if batch is None else len(batch.row)
+    columns = 0 if batch is None else int(batch.position[batch.line].max())  # a line has as many as its next position
     admitted: list[Ask] = []
     while waiting:
         columns = max(columns, len(waiting[0].tokens))
@@ -229,8 +231,7 @@ def _cut(order: Sequence[Ask], shares_start: bool) -> list[list[Ask]]:
     """Prompts in this order, in chunks."""
     chunks: list[list[Ask]] = []
     for ask in order:
-        chunk = [*chunks[-1], ask] if chunks else []
-        if not chunk or _ends(chunk, shares_start):
+        if not chunks or _ends([*chunks[-1], ask], shares_start):
             chunks.append([ask])
         else:
             chunks[-1].append(ask)
@@ -242,7 +243,8 @@ def _ends(chunk: Sequence[Ask], shares_start: bool) -> bool:
     tokens, before = (_forward_tokens(c, shares_start) for c in (chunk, chunk[:-1]))
     start = _shared(chunk) if shares_start else 0
     real = start + sum(len(a.tokens) - start for a in chunk)
-    wasteful = tokens > SMALL_PREFILL and (real < 0.9 * tokens or tokens > before + len(chunk[-1].tokens) + SMALL_PREFILL)
+    padded, alone = real < 0.9 * tokens, before + len(chunk[-1].tokens)  # what it would cost by itself
+    wasteful = tokens > SMALL_PREFILL and (padded or tokens > alone + SMALL_PREFILL)
     return wasteful or tokens > PREFILL_TOKENS or len(chunk) > HEAD_ROWS
 
 
@@ -267,7 +269,7 @@ def _prefill(policy: Policy, asks: Sequence[Ask], rows: Rows) -> _Part:
     tokens = torch.tensor([[0] * (start + width - len(a.tokens)) + list(a.tokens[start:]) for a in asks], device=policy.device)
     length = torch.tensor([len(a.tokens) for a in asks], device=policy.device)
     position = torch.arange(start, start + width, device=policy.device) - (start + width - length)[:, None]
-    real = position >= start
+    real = position >= start  # what comes before is padding on the left
     if start:
         first = torch.tensor([asks[0].tokens[:start]], device=policy.device)
         once = PreallocatedCache(torch.ones_like(first, dtype=torch.bool))
@@ -278,7 +280,7 @@ def _prefill(policy: Policy, asks: Sequence[Ask], rows: Rows) -> _Part:
         cache = PreallocatedCache(real)
     hidden = _forward(policy, tokens, position.clamp(min=0), cache)
     if start:
-        cache.close_gaps()  # the unused columns between the start and the rest of shorter prompts
+        cache.close_gaps()  # unused columns of shorter prompts, which are then on the left alone, as everything else counts on
     owner = torch.repeat_interleave(torch.tensor([a.n for a in asks], device=policy.device))
     row = torch.cat([torch.arange(a.first, a.first + a.n, device=policy.device) for a in asks])
     drawn = _draw(policy, hidden, owner, row, rows)
@@ -288,8 +290,8 @@ def _prefill(policy: Policy, asks: Sequence[Ask], rows: Rows) -> _Part:
 def _forward(policy: Policy, tokens: Tensor, positions: Tensor, cache: PreallocatedCache) -> Tensor:
     """The hidden state of each line's last column, [L, D]. A model's own code builds the mask, windows of local layers included."""
     if policy.llama is not None:
-        one = tokens.shape[1] == 1 and cache.length > 0 and tokens.device.type == "cpu"
-        return (extend_one if one else extend)(policy.llama, tokens, positions, cache)
+        one_token = tokens.shape[1] == 1 and cache.length > 0 and tokens.device.type == "cpu"
+        return (extend_one if one_token else extend)(policy.llama, tokens, positions, cache)
     mask = cache.mask(tokens.shape[1])
     states = policy.decoder(
         input_ids=tokens, position_ids=positions, attention_mask=mask.long(), past_key_values=cache, use_cache=True
@@ -317,7 +319,7 @@ def _draw(policy: Policy, hidden: Tensor, owner: Tensor, row: Tensor, rows: Rows
 
 
 def _row_counts(place: Tensor) -> list[int]:
-    """How many rows there are for each HEAD_ROWS of what `place` [R], rising, counts."""
+    """How many rows there are for each HEAD_ROWS owners. place: [R], the owners' numbers from 0 on, rising without gaps."""
     return torch.bincount(torch.div(place, HEAD_ROWS, rounding_mode="floor")).tolist()  # type: ignore[no-any-return]
 
 
@@ -325,7 +327,7 @@ def plain(policy: Policy, asks: Sequence[Ask], rows: Rows, token_budget: int) ->
     """Run whole sequences again for every token, padded on the right: slow, and right for any causal model."""
     waiting = deque(sorted(asks, key=lambda a: -len(a.tokens)))
     while waiting:
-        admitted = _admit(waiting, 0, 0, rows.limit, token_budget)
+        admitted = _admit(waiting, None, rows.limit, token_budget)
         running = [(i, list(a.tokens)) for a in admitted for i in range(a.first, a.first + a.n)]
         while running:
             still: list[tuple[int, list[int]]] = []

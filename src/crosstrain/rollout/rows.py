@@ -48,7 +48,7 @@ class Rows:
 
         logits: [P, V]. place: [R], which of them is each row's.
 
-        Raises FloatingPointError when the model's logits are NaN or all infinite, naming the prompt.
+        Raises FloatingPointError when a log-prob is not finite, since logits are NaN or infinite, naming the prompt.
         """
         s, column = self.sampling, self.length[row]
         token, logp = choose(logits, place, self.uniform[row, column], s.temperature, s.top_p, s.top_k, self.greedy[row])

@@ -19,8 +19,9 @@ from crosstrain.errors import UserError
 class Sampling:
     """How tokens are drawn.
 
-    temperature: divides the logits; 0 is greedy. top_p: sample from the smallest set of tokens with at least this probability; 1
-    is all. top_k: sample from the k most likely tokens; 0 is all. max_completion_length: tokens after which a completion is cut.
+    temperature: divides the logits; 0 is greedy, above it at least LEAST_TEMPERATURE. top_p: sample from the smallest set of tokens
+    with at least this probability; 1 is all. top_k: sample from the k most likely tokens; 0 is all. max_completion_length: tokens
+    after which a completion is cut.
     """
 
     temperature: float = 1.0
@@ -31,15 +32,19 @@ class Sampling:
     def __post_init__(self) -> None:
         number, whole = (int, float), (int,)
         for name, kinds, low, high, allowed in (
-            ("temperature", number, 0, _HUGE, "a finite number, 0 (greedy) or more"),
+            ("temperature", number, 0, _HUGE, "0 (greedy), or a finite number of at least 1e-06"),
             ("top_p", number, _TINY, 1, "a number above 0 and at most 1 (all tokens)"),
             ("top_k", whole, 0, _HUGE, "a whole number, 0 (all tokens) or more"),
             ("max_completion_length", whole, 1, _HUGE, "a whole number, at least 1"),
         ):
             value = getattr(self, name)
-            if not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high:
+            outside = not isinstance(value, kinds) or isinstance(value, bool) or not low <= value <= high
+            if outside or (name == "temperature" and 0 < value < LEAST_TEMPERATURE):
                 raise UserError(f"sampling.{name}: got {value!r}; it must be {allowed}")
 
+
+LEAST_TEMPERATURE = 1e-6
+"""Logits divided by much less overflow in fp32."""
 
 _TINY, _HUGE = sys.float_info.min, sys.float_info.max
 

@@ -48,10 +48,13 @@ class TorchSampler:
     key, sample, position) only; floating point may still differ with the batch, in bf16 enough to change a token now and then.
 
     stop_token_ids: ids that end a completion. May be empty.
-    token_budget: rows times columns of the key-value cache (but at least one row); bounds its memory. A prompt whose own
-        completions do not fit is prefilled again for each part of them.
-    path: "cached", or "plain" where the model does not accept our cache or has layers it cannot serve: the whole sequence is
-        then run for every token, which is right but slow. path_reason says why. Both are found by trying, at a model's first call.
+    token_budget: completions times columns of the key-value cache (but at least one completion); bounds its memory, of which there
+        is twice as much while waiting prompts come in. A prompt whose own completions do not fit is prefilled again for each part
+        of them.
+
+    Its property `path` is "cached", or "plain" where the model does not accept our cache or has layers it cannot serve: the whole
+    sequence is then run for every token, which is right but slow. `path_reason` says why. Both are found by trying, at a model's
+    first call.
     """
 
     def __init__(self, model: Any, *, stop_token_ids: tuple[int, ...], token_budget: int = 32_768) -> None:
@@ -95,6 +98,7 @@ def _policy(model: Any, known_head: bool, rows: int) -> Policy:
     parameter = next(model.get_output_embeddings().parameters())
     weight = plain_head(model) if known_head else None
     as_it_is = weight is not None and adds_up_in_fp32(weight)
+    # what `head_logits` is given: nothing it could cast where a card takes the weight in 16 bits
     head = None if not known_head else {"weight": weight} if as_it_is else head_parameters(model)
     shares_start = is_plain(model) and not has_local_attention(model)
     memory = None
@@ -150,6 +154,10 @@ def _find_path(model: Any) -> Found:
         gap = _gap(model)
     except torch.OutOfMemoryError:
         raise
+    except FloatingPointError as error:  # it names a prompt of the probe
+        raise FloatingPointError(
+            "the model's logits are not finite, so no token can be drawn: its weights may be damaged"
+        ) from error
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:  # what refusing a cache looks like
         return Found("plain", f"it does not accept the cache: {type(error).__name__}: {error}", known_head=True)
     # bf16 arithmetic itself moves with the batch's shape, so there only the mean can tell
@@ -162,7 +170,7 @@ def _find_path(model: Any) -> Found:
 def _gap(model: Any) -> float:
     """Mean distance of the log-probs of sampled tokens, with the cache and without, in nats."""
     vocabulary = int(model.config.get_text_config().vocab_size)
-    # of different lengths, with the same first token
+    # of 5, 9 and 13 tokens, with the same first one
     prompts = [Prompt(tuple((7 * i + k * (i > 0)) % vocabulary for i in range(1 + 4 * k)), 2, f"probe {k}") for k in (1, 2, 3)]
     gaps = []
     with evaluation_mode(model):

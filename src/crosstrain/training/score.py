@@ -1,9 +1,10 @@
 """`score`: a batch of trajectories to per-token statistics of a model, with gradient.
 
-The only place that knows how sequences are laid out for the model. Sequences that start alike (the same prompt, the same system
-prompt, answers that begin with the same words) share a line, and what they start with is computed once: a line is a tree of tokens
-in which each sees the path to it, at the position it would have alone. The head runs only at positions that predict a trained
-token, in chunks, in at least fp32; logits of prompt tokens never exist.
+The only place that knows how sequences are laid out for the model. The sequences of a group, and of neighbouring groups where that
+makes less to compute, share a line, and what they start with (a prompt, a system prompt, the same first words of answers) is
+computed once: a line is a tree of tokens in which each sees the path to it, at the position it would have alone. The head runs once
+for every trained token after a state, however many sequences say it there, in chunks, in at least fp32; no logits exist for what
+predicts prompt tokens alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from crosstrain.architecture import has_local_attention
 from crosstrain.attention import of_any_shape
-from crosstrain.head import at_least_fp32, head_logits, plain_head
+from crosstrain.head import at_least_fp32, evaluation_mode, head_logits, plain_head
 from crosstrain.llama import hidden_states
 from crosstrain.prefix import common_start
 from crosstrain.served import written_out
@@ -31,8 +32,8 @@ from crosstrain.types import Batch, Channel, Divergence, Example, Group, Scores,
 Layout = Literal["shared", "plain"]
 
 PACK_TOKENS = 256
-"""Longest line of several groups, unless one group needs a longer one: of a model that computes what a mask hides, attention grows
-with the square of a line, and what is shared saves less than that."""
+"""Groups are joined to lines of at most this many tokens, or as long as the longest single group: where attention computes what a
+mask hides, it grows with the square of a line, which longer lines would pay for sharing a little more."""
 
 
 def entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -42,6 +43,7 @@ def entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 CHANNELS: Mapping[str, Channel] = {"entropy": entropy}
+"""Channels that a term can ask for by name, with gradient."""
 
 
 def _watched_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -60,7 +62,9 @@ WATCHED: Mapping[str, Channel] = {"entropy": _watched_entropy, "correct": _corre
 class Lines:
     """How a batch is laid out for the model.
 
-    tokens, positions: [N, L]. mask: [N, 1, L, L] bool, who sees whom, or None for plain causal lines.
+    Sequences have rows and columns in a batch, and lines and places here.
+
+    tokens, positions: [N, L]. mask: [N, 1, L, L] bool, who sees whom, or None where every line is one sequence: plainly causal.
     line, place, target: [P], where the hidden states are that predict trained tokens, and which; equal predictions once.
     row, column: [M], where each trained token is in the batch. prediction: [M], its index among the P.
     """
@@ -80,9 +84,9 @@ class Lines:
 class Beside:
     """Another next-token distribution at every trained token of a batch, and what is computed of it and the policy's.
 
-    hidden: [M, D], the states that predict the trained tokens, by row and column of the batch. logits: some of these states to
-    logits [m, V], without gradient; asked again in backward. measures: a divergence and what both logits are divided by (None:
-    what the policy's are), by the channel's name.
+    hidden: [M, D], the states that predict the trained tokens, by row and column of the batch, as `trained_states` gives them.
+    logits: some of these states to logits [m, V], without gradient; asked again in backward. measures: of each channel's name, the
+    divergence and the temperature of both logits (None: that of `score`).
     """
 
     hidden: Tensor
@@ -104,12 +108,12 @@ def score(
 ) -> Scores:
     """Log-probs in nats of every trained token of `batch`, [B, T], and the asked channels; 0 where nothing is trained.
 
-    watch: also the channels `entropy` (unless asked for) and `correct`, whether the token is the most likely one, both without
-    gradient. temperature: logits are divided by it first (as the sampler does). layout: "shared" computes a common start once
-    and needs a model that accepts a custom attention mask; "plain" runs one line per sequence. embed: changes the input
-    embeddings, of one line per row whatever the layout. value_head: hidden states [P, D] -> [P]; its result is the channel
-    `value`, the state before each token. beside: other distributions of the same tokens, whose measures are channels too; their
-    logits exist for as many positions at once as the model's own.
+    watch: also the channels `entropy` (where `channels` has it, that one) and `correct`, whether the token is the most likely
+    one, both without gradient. temperature: logits are divided by it first (as the sampler does). layout: "shared" computes a
+    common start once and needs a model that accepts a custom attention mask; "plain" runs one line per sequence. embed: changes
+    the input embeddings, [B, longest row, D], which makes the layout plain. value_head: hidden states [P, D] -> [P]; its result
+    is the channel `value`, of the state before each token. beside: other distributions of the same tokens, whose measures are
+    channels too; their logits exist for as many positions at once as the model's own.
     """
     # what changes embeddings (noise) is about one row at a time, and must not know what shares its line
     lines = lay_out(batch, layout if embed is None else "plain")
@@ -120,7 +124,7 @@ def score(
     asked: dict[str, Channel] = {**(WATCHED if watch else {}), **(channels or {})}
     weight = plain_head(model)
     if weight is not None and weight.dtype == hidden.dtype and not channels and not beside:
-        found = token_logp(hidden, weight, lines.target, temperature)
+        found = token_logp(hidden, weight, lines.target, temperature)  # which measures what is watched itself
         flat = {"logp": found.logp, **{name: getattr(found, name).to(found.logp.dtype) for name in asked}}
     else:
         flat = _head(model, hidden, lines.target, asked, temperature, beside)
@@ -146,7 +150,7 @@ def trajectory_logps(
     temperature: float = 1.0,
     layout: Layout = "shared",
 ) -> list[Tensor]:
-    """The log-prob of each token of each trajectory, without gradient: one [T_i] tensor each, 0 on prompt tokens.
+    """The log-prob of each token of each trajectory, without gradient: one [T_i] tensor each, 0 on tokens that nobody trains.
 
     Trajectories with the same prompt are computed as one group, so that their prompt is computed once.
     """
@@ -212,7 +216,7 @@ def lay_out(batch: Batch, layout: Layout) -> Lines:
     scored: list[tuple[int, int, int]] = []
     for n, members in enumerate(packed):
         for r in members:
-            path = trees[n].add(rows[r])
+            path = trees[n].add(rows[r])  # of each column, its place in the line
             for column in torch.nonzero(trained[r]).flatten().tolist():
                 key = (n, path[column - 1], rows[r][column])
                 scored.append((r, column, predictions.setdefault(key, len(predictions))))
@@ -251,14 +255,14 @@ def _one_for_each_token(lines: Lines) -> Lines:
 
 
 _NEVER = 2**31
-"""More columns than there are."""
+"""More places than there are: where `ends` a token that all after it on its line still see."""
 
 
 class _Tree:
     """A line: sequences as a tree of tokens, depth first.
 
-    ends: of each token, the first column that no longer sees it. Right in any order of sequences; the more neighbours have in
-    common, the shorter the line.
+    ends: of each token, the first place after it that no longer sees it. Right in any order of sequences; the more neighbours
+    have in common, the shorter the line.
     """
 
     def __init__(self) -> None:
@@ -269,11 +273,11 @@ class _Tree:
         self._path: list[int] = []
 
     def add(self, sequence: Sequence[int]) -> list[int]:
-        """Add what the sequence does not have in common with the one before it, and return the column of each of its tokens."""
+        """Add what the sequence does not have in common with the one before it, and return the place of each of its tokens."""
         common = common_start(self._last, sequence)
         first, new = len(self.tokens), len(sequence) - common
-        for column in self._path[common:]:
-            self.ends[column] = first
+        for place in self._path[common:]:
+            self.ends[place] = first
         self.tokens += sequence[common:]
         self.positions += range(common, len(sequence))
         self.ends += [_NEVER] * new
@@ -285,35 +289,35 @@ class _Tree:
 def _packed(batch: Batch, rows: Sequence[Sequence[int]]) -> list[list[int]]:
     """The rows of each line, groups whole and in the order of their tokens, so that those which start alike are neighbours.
 
-    A line is no longer than a limit unless one group is, in which case others may be as long. Of several limits the one that gives
-    the smallest rectangle is taken.
+    A line is no longer than a limit, or than its group where it has but one. Of several limits, up to PACK_TOKENS and the length of
+    the longest group, the one that gives the smallest rectangle is taken.
     """
     members: dict[int, list[int]] = {}
     for r, g in enumerate(batch.group.tolist()):
         members.setdefault(g, []).append(r)
     groups = sorted((sorted(held, key=rows.__getitem__) for held in members.values()), key=lambda held: rows[held[0]])
-    # the columns of each group in a line of its own, and how many of them the group before it in a line would have already
+    # how long each group is in a line of its own, and how much of it a line that has the group before it would have already
     alone = [len(rows[held[0]]) + sum(_added(rows[a], rows[b]) for a, b in pairwise(held)) for held in groups]
-    joined = [0, *(common_start(rows[a[-1]], rows[b[0]]) for a, b in pairwise(groups))]
+    shared = [0, *(common_start(rows[a[-1]], rows[b[0]]) for a, b in pairwise(groups))]
     best: list[list[int]] = []
     smallest = math.inf
     for limit in (0, *(PACK_TOKENS * part // 8 for part in range(1, 9)), max(alone, default=0)):
         lines: list[list[int]] = []
         widths: list[int] = []
-        for held, own, saved in zip(groups, alone, joined, strict=True):
-            if lines and widths[-1] + own - saved <= limit:
+        for held, width, saved in zip(groups, alone, shared, strict=True):
+            if lines and widths[-1] + width - saved <= limit:
                 lines[-1] = lines[-1] + held
-                widths[-1] += own - saved
+                widths[-1] += width - saved
             else:
                 lines.append(held)
-                widths.append(own)
+                widths.append(width)
         if len(lines) * max(widths, default=0) < smallest:
             smallest, best = len(lines) * max(widths, default=0), lines
     return best
 
 
 def _added(before: Sequence[int], sequence: Sequence[int]) -> int:
-    """How many columns a sequence adds to a line after the one before it."""
+    """How many tokens a sequence adds to a line after the one before it."""
     return len(sequence) - common_start(before, sequence)
 
 
@@ -323,8 +327,8 @@ def _row_tokens(batch: Batch) -> list[list[int]]:
 
 def _tree_mask(ends: Tensor) -> Tensor:
     """[N, 1, L, L] bool: a token sees itself and those before it whose `ends` are after it. ends: [N, L]."""
-    column = torch.arange(ends.shape[1])
-    return ((column[None, :] <= column[:, None]) & (column[:, None] < ends[:, None, :]))[:, None]
+    place = torch.arange(ends.shape[1])
+    return ((place[None, :] <= place[:, None]) & (place[:, None] < ends[:, None, :]))[:, None]
 
 
 def _hidden_states(model: Any, lines: Lines, batch: Batch, embed: Callable[[Tensor, Batch], Tensor] | None) -> Tensor:
@@ -333,9 +337,9 @@ def _hidden_states(model: Any, lines: Lines, batch: Batch, embed: Callable[[Tens
     llama = written_out(model)
     if llama is not None:
         embeds = None if embed is None else embed(model.get_input_embeddings()(lines.tokens), batch)
-        positions = (
-            lines.positions if lines.mask is not None else torch.arange(lines.tokens.shape[1], device=lines.tokens.device)[None]
-        )
+        # those of plain lines are all the same, and their angles are computed once
+        plain = lines.mask is None
+        positions = torch.arange(lines.tokens.shape[1], device=lines.tokens.device)[None] if plain else lines.positions
         return hidden_states(llama, lines.tokens, positions, lines.mask, embeds, at)
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
     inputs: dict[str, Any] = {"use_cache": False}
@@ -344,7 +348,7 @@ def _hidden_states(model: Any, lines: Lines, batch: Batch, embed: Callable[[Tens
     else:
         inputs["inputs_embeds"] = embed(model.get_input_embeddings()(lines.tokens), batch)
     if lines.mask is not None:
-        # padding only ever sees itself and comes last, so plain causal lines need no mask
+        # padding comes last and is seen by nothing else, so that plain causal lines need no mask
         inputs["attention_mask"] = _mask_for(model, lines.mask)
         inputs["position_ids"] = lines.positions
     return decoder(**inputs).last_hidden_state[at]  # type: ignore[no-any-return]
@@ -369,10 +373,8 @@ def choose_layout(model: Any) -> Layout:
         return "plain"
     parameter = next(model.parameters())
     one, other = (_probe(model, k).to(parameter.device) for k in (1, 2))
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluation_mode(model):
             plain = score(model, one, layout="plain").logp
             shared = score(model, one, layout="shared").logp
             changed = score(model, other, layout="shared").logp
@@ -380,8 +382,6 @@ def choose_layout(model: Any) -> Layout:
         raise
     except (TypeError, ValueError, RuntimeError):
         return "plain"  # the architecture refuses a custom mask or positions: the plain path needs neither
-    finally:
-        model.train(training)
     # bf16 arithmetic itself moves with the layout, so there the mean has to do
     exact = parameter.dtype in (torch.float32, torch.float64)
     gap = (plain - shared).abs()
@@ -416,8 +416,8 @@ def _head(
     temperature: float,
     beside: Sequence[Beside] = (),
 ) -> dict[str, Tensor]:
-    """`logp`, the channels and what is measured beside another distribution, of every prediction, [P] each; chunks are recomputed
-    in backward when there are several."""
+    """`logp`, the channels and what is measured beside another distribution, of every prediction, [P] each. Several chunks are
+    computed again in backward; a single one keeps its logits until then."""
     names = ["logp", *channels, *(name for other in beside for name in other.measures)]
 
     def chunk(h: Tensor, target: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
@@ -428,8 +428,8 @@ def _head(
         for other, state in zip(beside, states, strict=True):
             theirs = other.logits(state)
             for divergence, own in other.measures.values():
-                at = temperature if own is None else own
-                found.append(divergence(raw / at, theirs / at, target))
+                divisor = temperature if own is None else own
+                found.append(divergence(raw / divisor, theirs / divisor, target))
         return tuple(found)
 
     pieces = []

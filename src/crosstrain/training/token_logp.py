@@ -2,7 +2,8 @@
 
 Autograd's way keeps the logits, their exponentials and a gradient of the same size, each written and read several times; with
 49,152 logits per token that takes longer than the head's matrix products. Here every block of logits is finished while it is in
-the processor's cache, and one array is kept for backward: the probabilities, in the dtype the model computes in.
+the processor's cache, and one array is kept for backward where it is not too large: the probabilities, in the dtype the model
+computes in.
 """
 
 from __future__ import annotations
@@ -52,41 +53,44 @@ def token_logp(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: flo
     >>> round(float(found.logp.exp()), 4), bool(found.correct)
     (0.75, True)
     """
-    return TokenLogp(*_TokenLogp.apply(hidden, weight, targets, temperature))  # type: ignore[no-untyped-call]
+    grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return TokenLogp(*_TokenLogp.apply(hidden, weight, targets, temperature, grad))  # type: ignore[no-untyped-call]
 
 
 class _TokenLogp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, grad: bool
+    ) -> tuple[Tensor, ...]:
         dtype = at_least_fp32(hidden.dtype)
         logp, entropy = (torch.empty(len(hidden), dtype=dtype, device=hidden.device) for _ in range(2))
         correct = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         size = len(hidden) * weight.shape[0] * hidden.element_size()
         kept = None
-        exact = hidden.dtype == weight.dtype == torch.bfloat16 and hidden.device.type == "cpu"
-        if any(ctx.needs_input_grad[:2]) and size <= KEPT_BYTES:
+        from_bf16 = hidden.dtype == weight.dtype == torch.bfloat16 and hidden.device.type == "cpu"
+        if grad and size <= KEPT_BYTES:
             kept = torch.empty(len(hidden), weight.shape[0], dtype=hidden.dtype, device=hidden.device)
         memory = _logits_memory(hidden, weight, dtype)
         block = BLOCK if hidden.device.type == "cpu" else CHUNK  # on a card every operation costs a launch
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits = _logits(hidden[rows], weight, temperature, exact, memory)
+            logits = _logits(hidden[rows], weight, temperature, from_bf16, memory)
             for first in range(0, len(logits), block):
-                part = slice(start + first, min(start + first + block, start + CHUNK))
+                part = slice(start + first, start + min(first + block, CHUNK))
                 z = logits[first : first + block]
                 highest, best = z.max(dim=1, keepdim=True)
                 z.sub_(highest)
                 target = targets[part, None]
                 chosen = z.gather(1, target)[:, 0]
-                p = z.exp()
-                total = p.sum(dim=1)
+                exps = z.exp()
+                total = exps.sum(dim=1)
                 log_total = total.log()
                 logp[part] = chosen - log_total
-                entropy[part] = log_total - z.mul_(p).sum(dim=1) / total
+                entropy[part] = log_total - z.mul_(exps).sum(dim=1) / total  # log sum e^z - sum p z
                 correct[part] = (best == target)[:, 0]
                 if kept is not None:
-                    kept[part] = p.div_(total[:, None])
-        ctx.temperature, ctx.exact = temperature, exact
+                    kept[part] = exps.div_(total[:, None])
+        ctx.temperature, ctx.from_bf16 = temperature, from_bf16
         ctx.save_for_backward(hidden, weight, targets, logp, kept)
         ctx.mark_non_differentiable(entropy, correct)
         return logp, entropy, correct
@@ -100,12 +104,12 @@ class _TokenLogp(torch.autograd.Function):
         of_weight = None
         scaled = gradient / ctx.temperature
         step = CHUNK if kept is None else max(len(hidden), 1)
-        for start in range(0, max(len(hidden), 1), step):
+        for start in range(0, max(len(hidden), 1), step):  # once without predictions: gradients are then 0
             rows = slice(start, start + step)
-            if memory is None:
+            if memory is None:  # they were kept
                 p = kept[rows]
             else:
-                logits = _logits(hidden[rows], weight, ctx.temperature, ctx.exact, memory)
+                logits = _logits(hidden[rows], weight, ctx.temperature, ctx.from_bf16, memory)
                 p = torch.softmax(logits, dim=1, out=logits).to(hidden.dtype, copy=True)
             of_logits = p.mul_(-scaled[rows, None].to(p.dtype))
             # 1 - p of a likely token, from its log-prob: the difference of rounded numbers would be mostly rounding
@@ -118,7 +122,7 @@ class _TokenLogp(torch.autograd.Function):
                 part = of_logits.T @ hidden[rows]
                 # chunks add up in at least fp32
                 of_weight = part if step >= len(hidden) else part.to(logp.dtype) + (0.0 if of_weight is None else of_weight)
-        return of_hidden, None if of_weight is None else of_weight.to(weight.dtype), None, None
+        return of_hidden, None if of_weight is None else of_weight.to(weight.dtype), None, None, None
 
 
 def _logits_memory(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,15 +130,15 @@ def _logits_memory(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor
     return torch.empty(min(CHUNK, len(hidden)), len(weight), dtype=dtype, device=hidden.device)
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float, exact: bool, memory: Tensor) -> Tensor:
-    """hidden weight' / temperature in `memory`, whose dtype both are cast to where the device cannot add up in it otherwise: the
-    weight by parts, which stay in a cache."""
+def _logits(hidden: Tensor, weight: Tensor, temperature: float, from_bf16: bool, memory: Tensor) -> Tensor:
+    """hidden weight' / temperature in `memory`. A device that cannot multiply 16 bits with sums in fp32 gets both cast to memory's
+    dtype, the weight by parts, which stay in a cache; of what were bf16 numbers bf16 instructions lose nothing."""
     logits = memory[: len(hidden)]
     if adds_up_in_fp32(weight):
         fp32_product(hidden, weight, logits)
     else:
         wide = hidden.to(memory.dtype)
-        with bf16_products() if exact else nullcontext():
+        with bf16_products() if from_bf16 else nullcontext():
             for rows, part in _cast_by_parts(weight, memory.dtype):
                 torch.mm(wide, part.T, out=logits[:, rows])
     return logits if temperature == 1.0 else logits.div_(temperature)
