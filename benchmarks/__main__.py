@@ -31,17 +31,17 @@ FOLDER = Path("runs/bench")
 RESULTS = Path(__file__).with_name("results.json")
 LIMIT = (
     "limit: the ratio if our step were its matrix products alone / with torch's kernels for attention, softmax and optimizer;\n"
-    f"of memory, at most {MEMORY_TARGET} of the peer's: if ours were what is held with everything loaded"
+    f"of memory, at most {MEMORY_TARGET} of the peer's: if ours were the loaded model, its gradients and moments alone"
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the results. ours, peer: the work's units per second. ratio: ours to the peer's, step by step in turn: the median,
-    the smallest and the largest. memory_ratio: of peak memory, ours to the peer's; memory_limit: if ours were what is held with
-    everything loaded, before the first step. products_limit, limit: the ratio if our step were its matrix products alone, and those
-    with the kernels of `benchmarks.kernels`. peer_tried: speed of each setting, in the first precision, where they were tried; None
-    of one that was given up.
+    """A line of the results. ours, peer: the work's units per second. ratio: ours to the peer's, step by step in turn: the
+    median, the smallest and the largest. memory_ratio: of peak memory, ours to the peer's; memory_limit: if ours were the loaded
+    process, with gradients and moments where it trains, and nothing of a step. products_limit, limit: the ratio if our step were
+    its matrix products alone, and those with the kernels of `benchmarks.kernels`. peer_tried: speed of each setting, in the first
+    precision, where they were tried; None of one that was given up.
     """
 
     work: str
@@ -186,13 +186,13 @@ def compare(bench: Bench, work: Work, precision: str, chosen: Chosen) -> Row:
         best, tried = fastest(sides, logs) if bench.search and len(sides) > 1 else (sides[0], {})
         chosen |= {"best": sides.index(best), "tried": tried}
     best = sides[chosen["best"]]
-    ours, peer, floor, loaded = in_turn_with_floor(bench.ours(work.key, precision), best, logs, bench.steps)
-    row = row_of(work, precision, ours, peer, floor, loaded)
+    ours, peer, floor, needed = in_turn_with_floor(bench.ours(work.key, precision), best, logs, bench.steps)
+    row = row_of(work, precision, ours, peer, floor, needed)
     return replace(row, peer_settings=f"{work.peer}: {best.label}", peer_tried=chosen["tried"])
 
 
-def row_of(work: Work, precision: str, ours: Steps, peer: Steps, floor: Steps, loaded: float) -> Row:
-    """The line of two workers' steps. loaded: GiB of ours before the first."""
+def row_of(work: Work, precision: str, ours: Steps, peer: Steps, floor: Steps, needed: float) -> Row:
+    """The line of two workers' steps. needed: the least that ours takes, in GiB."""
     ratios = [b / a for a, b in zip(ours.seconds, peer.seconds, strict=True)]
     memory = ours.memory_gb / peer.memory_gb
     return Row(
@@ -209,7 +209,7 @@ def row_of(work: Work, precision: str, ours: Steps, peer: Steps, floor: Steps, l
         met=statistics.median(ratios) >= work.target,
         limit=_limit(floor, peer, "products", "kernels"),
         products_limit=_limit(floor, peer, "products"),
-        memory_limit=loaded / peer.memory_gb,
+        memory_limit=needed / peer.memory_gb,
         memory_met=memory <= MEMORY_TARGET,
         ours_memory_gb=ours.memory_gb,
         peer_memory_gb=peer.memory_gb,

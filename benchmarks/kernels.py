@@ -1,8 +1,9 @@
-"""What no step can leave out beside its matrix products, by torch's own kernels: attention's products and softmax, one softmax over
-the vocabulary for every prediction, the optimizer.
+"""What a step has beside its matrix products, by torch's own kernels: attention, one softmax over the vocabulary for every
+prediction, the optimizer.
 
-What is left out here too: norms, gates, rotations, the keys and values of what all texts start with, everything that cuts, sorts
-and copies. Attention is counted by the average text, of which a token sees half.
+What is left out: norms, gates, rotations, the keys and values of what all texts start with, everything that cuts, sorts and copies.
+Attention is counted by the average text, by torch's fused kernel or by products and a softmax of half of all pairs, whichever is
+faster here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from crosstrain.training.timing import clock
 
 BLOCK = 32
 """Predictions whose softmax is taken at once, in a processor's cache."""
@@ -50,17 +54,28 @@ def training_kernels(model: Any, tokens: int, predictions: int, texts: int, mast
     key, value = (_some(weight, texts * shape.heads, (length + 1) // 2, shape.size) for _ in range(2))
     logits = torch.zeros(BLOCK, len(weight), device=weight.device)
     update = _update(model, masters)
+    fused = [_some(weight, texts, shape.heads, length, shape.size).requires_grad_() for _ in range(3)]
+
+    def by_products() -> None:
+        seen = torch.softmax(torch.bmm(query, key.transpose(1, 2)), dim=-1)
+        torch.bmm(seen, value)
+        of_seen = torch.bmm(gradient, value.transpose(1, 2))
+        torch.bmm(seen.transpose(1, 2), gradient)
+        of_scores = torch.ops.aten._softmax_backward_data(of_seen, seen, -1, seen.dtype)
+        torch.bmm(of_scores, key)
+        torch.bmm(of_scores.transpose(1, 2), query)
+
+    @torch.enable_grad()
+    def by_one_kernel() -> None:
+        mixed = F.scaled_dot_product_attention(*fused, is_causal=True)
+        torch.autograd.grad(mixed, fused, gradient.view_as(mixed))
+
+    attention = min((by_products, by_one_kernel), key=lambda way: _seconds(weight.device, way))
 
     @torch.no_grad()
     def run() -> None:
         for _ in range(shape.layers):
-            seen = torch.softmax(torch.bmm(query, key.transpose(1, 2)), dim=-1)
-            torch.bmm(seen, value)
-            of_seen = torch.bmm(gradient, value.transpose(1, 2))
-            torch.bmm(seen.transpose(1, 2), gradient)
-            of_scores = torch.ops.aten._softmax_backward_data(of_seen, seen, -1, seen.dtype)
-            torch.bmm(of_scores, key)
-            torch.bmm(of_scores.transpose(1, 2), query)
+            attention()
         for _ in range(0, predictions, BLOCK):
             torch.softmax(logits, dim=1, out=logits)
         update()
@@ -106,6 +121,14 @@ def sampling_kernels(model: Any, rest: Sequence[int], completions: Sequence[int]
             torch.softmax(logits[:running], dim=1, out=logits[:running])
 
     return run
+
+
+def _seconds(device: torch.device, run: Kernels) -> float:
+    """Of a second run: the first gets memory."""
+    run()
+    started = clock(device)
+    run()
+    return clock(device) - started
 
 
 def _some(like: Tensor, *size: int) -> Tensor:

@@ -45,7 +45,7 @@ def main() -> None:
     model, _ = load_model(options.model, dtype=dtype, device=device)
     optimizer = Optimizer(model, options.precision)
     real = training(model, optimizer, [row["tokens"][:LENGTH] for row in rows[:ROWS]])
-    given = inputs(model, ROWS * LENGTH)
+    given = inputs(model, ROWS * LENGTH, ROWS * (LENGTH - 1))
 
     def step() -> Mapping[str, Any]:
         started = clock(device)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import sampling_kernels, training_kernels
-from benchmarks.products import Inputs, inputs, sampling_products, training_products
+from benchmarks.products import inputs, sampling_products, training_products
 from benchmarks.settings import BATCH, BETA, GENERATIONS, LEARNING_RATE, NEW_TOKENS
 from benchmarks.worker import Pace, serve
 from crosstrain import assemble
@@ -71,14 +71,22 @@ def main() -> None:
         if name == "generate":
             size, _, way = more.partition(":")
             step, floor = generating(model, rows["prompts"][: int(size)], greedy=way == "greedy")
+            more = 0.0
         else:
-            step, floor = training(name, model, tokenizer, options.precision, rows, device, stack)
-        serve(pace, step, floor)
+            step, floor, optimizer = training(name, model, tokenizer, options.precision, rows, device, stack)
+            more = _gradients_and_moments(optimizer)
+        serve(pace, step, floor, more_gb=more)
+
+
+def _gradients_and_moments(optimizer: Optimizer) -> float:
+    """What they take, in GiB: a step cannot be without them."""
+    moments = 2 * sum(m.numel() * m.element_size() for m in optimizer.masters.values())
+    return (moments + sum(p.numel() * p.element_size() for p in optimizer.trainable.values())) / 2**30
 
 
 def training(
     name: str, model: Any, tokenizer: Any, precision: Any, rows: Mapping[str, Any], device: torch.device, stack: ExitStack
-) -> tuple[Step, Floor]:
+) -> tuple[Step, Floor, Optimizer]:
     """Steps of the real loop."""
     method: Method = {
         "sft": lambda: load_method("sft"),
@@ -130,7 +138,7 @@ def training(
     def floor() -> Mapping[str, Any]:
         [done] = last
         tokens, predictions = (int(done.metrics[COMPUTED + name]) for name in ("tokens", "predictions"))
-        given = inputs(model, tokens)
+        given = inputs(model, tokens, predictions)
         texts = sum(len(g.trajectories) for g in done.groups)
         kernels = training_kernels(model, tokens, predictions, texts, next(iter(optimizer.masters.values())).dtype)
         found = {
@@ -139,19 +147,18 @@ def training(
         }
         if name == "grpo":
             completions = [len(t.response) for g in done.groups for t in g.trajectories]
-            sampled = _sampling_floor(model, given, [g.example.prompt_tokens for g in done.groups], completions)
+            sampled = _sampling_floor(model, [g.example.prompt_tokens for g in done.groups], completions)
             found = {key: found[key] + sampled[key] for key in found}
         return found
 
-    return step, floor
+    return step, floor, optimizer
 
 
-def _sampling_floor(
-    model: Any, given: Inputs, prompts: Sequence[tuple[int, ...]], completions: Sequence[int]
-) -> Mapping[str, float]:
+def _sampling_floor(model: Any, prompts: Sequence[tuple[int, ...]], completions: Sequence[int]) -> Mapping[str, float]:
     device = next(model.parameters()).device
     start = common_start(min(prompts), max(prompts))
     rest = [len(p) - start for p in prompts]
+    given = inputs(model, max(start + sum(rest), len(completions)))
     kernels = sampling_kernels(model, rest, completions)
     return {
         "products": _seconds(device, lambda: sampling_products(model, given, start + sum(rest), completions)),
@@ -208,10 +215,8 @@ def generating(model: Any, prompts: list[Any], *, greedy: bool) -> tuple[Step, F
         tokens = [list(c.tokens) for cs in found for c in cs]
         return {"amount": sum(map(len, tokens)), **({"tokens": tokens} if greedy else {})}
 
-    given = inputs(model, sum(len(p.tokens) for p in asked))
-
     def floor() -> Mapping[str, Any]:
-        return _sampling_floor(model, given, [p.tokens for p in asked], [NEW_TOKENS] * len(asked))
+        return _sampling_floor(model, [p.tokens for p in asked], [NEW_TOKENS] * len(asked))
 
     return step, floor
 

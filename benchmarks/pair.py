@@ -24,8 +24,9 @@ ENVIRONMENT = {
 """The same for both sides; threads and allocator are left as the system has them."""
 
 
-PATIENCE = 1.5
-"""A setting is no longer tried when a step takes this many times as long as the fastest one's so far."""
+PATIENCE = (4.0, 2.0)
+"""A setting is no longer tried when its warm-up or its step takes so many times as long as the quickest one's so far: some settings
+have much to set up, and a step of some does half as much again."""
 
 
 class WorkerFailed(RuntimeError):
@@ -107,23 +108,29 @@ class Worker:
             try:
                 self._say("stop")
                 self._process.wait(timeout=20)
-            except (subprocess.TimeoutExpired, BrokenPipeError):
+            except (subprocess.TimeoutExpired, WorkerFailed):
                 self._process.kill()
                 self._process.wait()
 
     def _say(self, word: str) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(word + "\n")
-        self._process.stdin.flush()
+        try:
+            self._process.stdin.write(word + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError as error:
+            raise self._failed() from error
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            end = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
-            self._process.kill()
-            raise WorkerFailed(f"{self.side.name} ended without an answer; {self.log}:\n  " + "\n  ".join(end))
+            raise self._failed()
         return dict(json.loads(line))
+
+    def _failed(self) -> WorkerFailed:
+        end = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
+        self._process.kill()
+        return WorkerFailed(f"{self.side.name} ended without an answer; {self.log}:\n  " + "\n  ".join(end))
 
 
 @contextmanager
@@ -151,13 +158,22 @@ def in_turn(ours: Side, peer: Side, logs: Path, steps: int, warmup: int = 1) -> 
 
 
 def in_turn_with_floor(ours: Side, peer: Side, logs: Path, steps: int) -> tuple[Steps, Steps, Steps, float]:
-    """Steps of two workers after one for warming up, one each in turn, the floor of each of our steps, measured right after, and
-    the memory that our worker had with everything loaded, in GiB."""
+    """Steps of two workers after one for warming up, one each in turn, the first of which alternates; the floor of each of our
+    steps, measured after both; and the least memory that our worker needs, in GiB."""
     with running(ours, logs) as one, running(peer, logs) as other:
-        lines = [(one.step(), other.step(), one.floor()) for _ in range(1 + steps)][1:]
-        loaded = float(one.facts["memory_gb"])
+        both(one, other, 0)
+        lines = [(*both(one, other, i), one.floor()) for i in range(steps)]
+        needed = float(one.facts["needed_gb"])
     mine, theirs, floors = (Steps(tuple(column)) for column in zip(*lines, strict=True))
-    return mine, theirs, floors, loaded
+    return mine, theirs, floors, needed
+
+
+def both(one: Worker, other: Worker, turn: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A step of each; the other begins in every second turn, so that a machine that becomes slower favours neither."""
+    if turn % 2:
+        theirs = other.step()
+        return one.step(), theirs
+    return one.step(), other.step()
 
 
 def fastest(sides: Sequence[Side], logs: Path) -> tuple[Side, dict[str, float | None]]:
@@ -168,7 +184,7 @@ def fastest(sides: Sequence[Side], logs: Path) -> tuple[Side, dict[str, float | 
     for side in sides:
         try:
             with running(side, logs) as worker:
-                lines = [worker.step(PATIENCE * least[i] if least else None) for i in (0, 1)]
+                lines = [worker.step(PATIENCE[i] * least[i] if least else None) for i in (0, 1)]
         except WorkerFailed as error:
             print(f"    {side.label}: {str(error).splitlines()[-1].strip()}", flush=True)
             speeds[side.label] = 0.0

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 
 from benchmarks.reward import last_number
@@ -32,7 +31,8 @@ def main() -> None:
     settings = {k: json.loads(v) for k, _, v in (s.partition("=") for s in options.set)}
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device)
+    attention = settings.pop("attn_implementation", None)
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation=attention).to(options.device)
     name, _, more = options.work.partition(":")
     if name == "generate":
         size, _, way = more.partition(":")
@@ -111,6 +111,7 @@ def _common(name: str, precision: str, device: str, settings: Mapping[str, Any])
 
 
 def _sft(model: Any, tokenizer: Any, rows: Mapping[str, Any], common: dict[str, Any]) -> Any:
+    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     data = Dataset.from_list(
@@ -123,6 +124,7 @@ def _sft(model: Any, tokenizer: Any, rows: Mapping[str, Any], common: dict[str, 
 
 
 def _documents(model: Any, tokenizer: Any, rows: Mapping[str, Any], common: dict[str, Any]) -> Any:
+    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     data = Dataset.from_list([{"input_ids": r["tokens"]} for r in rows["documents"]])
@@ -130,6 +132,7 @@ def _documents(model: Any, tokenizer: Any, rows: Mapping[str, Any], common: dict
 
 
 def _dpo(model: Any, tokenizer: Any, rows: Mapping[str, Any], common: dict[str, Any]) -> Any:
+    from datasets import Dataset
     from trl import DPOConfig, DPOTrainer
 
     data = Dataset.from_list([r["texts"] for r in rows["dpo"]])  # it takes no tokens
@@ -142,6 +145,7 @@ def _dpo(model: Any, tokenizer: Any, rows: Mapping[str, Any], common: dict[str, 
 
 
 def _grpo(model: Any, tokenizer: Any, rows: Mapping[str, Any], common: dict[str, Any]) -> Any:
+    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     for row in rows["prompts"]:

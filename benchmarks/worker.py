@@ -25,9 +25,8 @@ class Pace:
         self._started, self._times = 0.0, os.times()
 
     def ready(self, **facts: Any) -> None:
-        """Everything is loaded, in so much memory."""
-        forget_peak()
-        self._tell({"ready": True, "memory_gb": peak_gb(), **facts})
+        """Everything is loaded."""
+        self._tell({"ready": True, **facts})
 
     def asked(self) -> str:
         """Wait for the next word of the parent, from which on time and the peak of memory count; empty when it has gone."""
@@ -51,10 +50,16 @@ class Pace:
         self._out.flush()
 
 
-def serve(pace: Pace, step: Callable[[], Mapping[str, Any]], floor: Callable[[], Mapping[str, Any]] | None = None) -> None:
-    """Do `step` as often as asked; it returns its amount and other facts. floor: does what the last step could not be without, and
-    returns what its parts took."""
-    pace.ready()
+def serve(
+    pace: Pace,
+    step: Callable[[], Mapping[str, Any]],
+    floor: Callable[[], Mapping[str, Any]] | None = None,
+    more_gb: float = 0.0,
+) -> None:
+    """Do `step` as often as asked; it returns its amount and other facts. floor: does parts of the last step alone, and returns
+    what they took. more_gb: what a step needs beside what is in memory now; both together are told when everything is loaded."""
+    forget_peak()
+    pace.ready(needed_gb=peak_gb() + more_gb)
     while (word := pace.asked()) in ("go", "floor"):
         if word == "go":
             facts = step()

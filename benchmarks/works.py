@@ -29,23 +29,31 @@ class Work:
 
 
 MICRO = "per_device_train_batch_size"
+EAGER: Settings = {"attn_implementation": "eager"}
 
 WORKS = (
-    Work("sft", "SFT step, 16 short answers", "tokens/s", "TRL", [{MICRO: 16}, {MICRO: 8}], 5),
+    Work("sft", "SFT step, 16 short answers", "tokens/s", "TRL", [{MICRO: 16}, {MICRO: 16, **EAGER}, {MICRO: 8}], 5),
     Work(
         "documents",
         "SFT, documents of 512 to 2,048 tokens, all supervised",
         "supervised tokens/s",
         "TRL",
         [
+            {MICRO: 1, "packing": True, "gradient_accumulation_steps": 3},
             {MICRO: 1},  # 4 take more than 19 GB in fp32, too much beside our worker on 24 GB
             {MICRO: 2},
-            {MICRO: 1, "packing": True, "gradient_accumulation_steps": 3},
             {MICRO: 1, "packing": True, "packing_strategy": "wrapped", "gradient_accumulation_steps": 3},
         ],
         2,
     ),
-    Work("dpo", "DPO step, 16 pairs, reference precomputed", "tokens/s", "TRL", [{MICRO: 16}, {MICRO: 8}], 5),
+    Work(
+        "dpo",
+        "DPO step, 16 pairs, reference precomputed",
+        "tokens/s",
+        "TRL",
+        [{MICRO: 16}, {MICRO: 16, **EAGER}, {MICRO: 8}],
+        5,
+    ),
     Work(
         "grpo",
         "GRPO step, 8 prompts x 8 completions of at most 64 tokens",
@@ -53,6 +61,7 @@ WORKS = (
         "TRL",
         [
             {MICRO: 64},  # the fastest wherever all were tried
+            {MICRO: 64, **EAGER},
             {MICRO: 32},
             {MICRO: 16},
             {MICRO: 8},
@@ -66,7 +75,7 @@ WORKS = (
             f"sampling 64 tokens, {n} {'prompt' if n == 1 else 'prompts'}",
             "new tokens/s",
             "transformers",
-            [{}, {"continuous": True}],
+            [{}, EAGER, {"continuous": True}],
             target,
             ("bf16",),
         )
@@ -88,6 +97,7 @@ def label(settings: Settings) -> str:
         MICRO: "micro-batch",
         "use_transformers_continuous_batching": "continuous batching",
         "continuous": "continuous batching",
+        "attn_implementation": "attention",
     }
     parts = []
     for key, value in settings.items():
