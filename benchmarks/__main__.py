@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.checks import Check, curves, greedy
-from benchmarks.pair import Side, Steps, WorkerFailed, alone, fastest, in_turn_with_floor
+from benchmarks.pair import Side, Steps, WorkerFailed, alone, by_speed, in_turn_with_floor
 from benchmarks.rows import make_rows
 from benchmarks.works import MEMORY_TARGET, UTILISATION_TARGET, WORKS, Settings, Work, label
 from crosstrain.models import has_bf16_instructions, load_tokenizer, resolve_model
@@ -67,7 +67,7 @@ class Row:
 
 
 Chosen = dict[str, Any]
-"""best: which of a work's settings for the peer is the fastest. tried: the speed of each by its label."""
+"""order: a work's settings for the peer by their speed. tried: the speed of each by its label."""
 
 
 @dataclass(frozen=True)
@@ -134,18 +134,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _attempt(found, failed, "utilisation", lambda: utilisation(bench, "mixed" if bf16 else "fp32"))
         write()
     if not options.only or "checks" in options.only:
-        logs = FOLDER / "logs"
-        checks += curves(
-            bench.ours("sft", "fp32"), bench.peer("sft", "fp32", {}), logs, options.curve_steps, "SFT loss", ["loss"]
-        )
-        wanted = ["loss", "rewards/margins"]
-        checks += curves(bench.ours("dpo", "fp32"), bench.peer("dpo", "fp32", {}), logs, 10, "DPO", wanted)
-        checks.append(greedy(bench.ours("generate:32:greedy", "fp32"), bench.peer("generate:32:greedy", "fp32", {}), logs))
+        for work, compared in _checks(options.curve_steps).items():
+            try:
+                checks += compared(bench.ours(work, "fp32"), bench.peer(work, "fp32", {}), FOLDER / "logs")
+            except WorkerFailed as error:
+                failed.append(f"check of {work}: {error}")
+            write()
     write(out)
     show(found, checks, record)
     print(f"written to {out}")
     if failed:
         sys.exit("failed: " + "; ".join(failed))
+
+
+def _checks(curve_steps: int) -> dict[str, Callable[[Side, Side, Path], list[Check]]]:
+    """What is compared of each work."""
+    return {
+        "sft": lambda ours, peer, logs: curves(ours, peer, logs, curve_steps, "SFT loss", ["loss"]),
+        "dpo": lambda ours, peer, logs: curves(ours, peer, logs, 10, "DPO", ["loss", "rewards/margins"]),
+        "generate:32:greedy": lambda ours, peer, logs: [greedy(ours, peer, logs)],
+    }
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -178,17 +186,25 @@ def _attempt(found: list[Row], failed: list[str], title: str, run: Callable[[], 
 
 
 def compare(bench: Bench, work: Work, precision: str, chosen: Chosen) -> Row:
-    """A work in one precision: the fastest of the peer's settings, then both in turn. chosen: of the work, filled in the first
-    precision and used in the others."""
+    """A work in one precision: the fastest of the peer's settings, then both in turn; the next fastest where that one fails, since
+    what it has memory for alone may not fit beside ours. chosen: of the work, filled in the first precision, used in the others."""
     logs = FOLDER / "logs"
     sides = [bench.peer(work.key, precision, settings) for settings in work.peers]
     if not chosen:
-        best, tried = fastest(sides, logs) if bench.search and len(sides) > 1 else (sides[0], {})
-        chosen |= {"best": sides.index(best), "tried": tried}
-    best = sides[chosen["best"]]
-    ours, peer, floor, needed = in_turn_with_floor(bench.ours(work.key, precision), best, logs, bench.steps)
-    row = row_of(work, precision, ours, peer, floor, needed)
-    return replace(row, peer_settings=f"{work.peer}: {best.label}", peer_tried=chosen["tried"])
+        best, tried = by_speed(sides, logs) if bench.search and len(sides) > 1 else (sides, {})
+        chosen |= {"order": [sides.index(side) for side in best], "tried": tried}
+    order = [sides[i] for i in chosen["order"]]
+    for side in order:
+        try:
+            ours, peer, floor, needed = in_turn_with_floor(bench.ours(work.key, precision), side, logs, bench.steps)
+        except WorkerFailed as error:
+            if error.side is not side or side is order[-1]:
+                raise
+            print(f"    {side.label} failed beside ours: {str(error).splitlines()[-1].strip()}", flush=True)
+        else:
+            row = row_of(work, precision, ours, peer, floor, needed)
+            return replace(row, peer_settings=f"{work.peer}: {side.label}", peer_tried=chosen["tried"])
+    raise AssertionError("the last setting returns or raises")
 
 
 def row_of(work: Work, precision: str, ours: Steps, peer: Steps, floor: Steps, needed: float) -> Row:
@@ -242,7 +258,6 @@ def utilisation(bench: Bench, precision: str) -> Row:
         memory_ratio=None,
         target=UTILISATION_TARGET,
         met=share >= UTILISATION_TARGET,
-        ours_memory_gb=max(line["memory_gb"] for line in lines),
         peer_settings="its matrix products alone",
         steps=len(lines),
     )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.ours import EXAMPLES
-from benchmarks.products import inputs, training_products
+from benchmarks.products import inputs, training_products, weights_of
 from benchmarks.worker import Pace, serve
 from crosstrain.methods import load_method
 from crosstrain.models import load_model, resolve_device
@@ -45,13 +45,14 @@ def main() -> None:
     model, _ = load_model(options.model, dtype=dtype, device=device)
     optimizer = Optimizer(model, options.precision)
     real = training(model, optimizer, [row["tokens"][:LENGTH] for row in rows[:ROWS]])
-    given = inputs(model, ROWS * LENGTH, ROWS * (LENGTH - 1))
+    weights = weights_of(model)
+    given = inputs(weights, ROWS * LENGTH, ROWS * (LENGTH - 1))
 
     def step() -> Mapping[str, Any]:
         started = clock(device)
         real()
         between = clock(device)
-        training_products(model, given, ROWS * LENGTH, ROWS * (LENGTH - 1))
+        training_products(weights, given, ROWS * LENGTH, ROWS * (LENGTH - 1))
         ended = clock(device)
         return {"amount": 1, "real": between - started, "products": ended - between}
 

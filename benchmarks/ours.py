@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import sampling_kernels, training_kernels
-from benchmarks.products import inputs, sampling_products, training_products
+from benchmarks.products import inputs, sampling_products, training_products, weights_of
 from benchmarks.settings import BATCH, BETA, GENERATIONS, LEARNING_RATE, NEW_TOKENS
 from benchmarks.worker import Pace, serve
 from crosstrain import assemble
 from crosstrain.head import evaluation_mode
+from crosstrain.memory import give_back
 from crosstrain.methods import load_method
 from crosstrain.models import load_model, resolve_device
 from crosstrain.prefix import common_start
@@ -37,7 +38,7 @@ from crosstrain.types import Example, Method, Source, Trajectory
 Step = Callable[[], Mapping[str, Any]]
 
 Floor = Callable[[], Mapping[str, Any]]
-"""Seconds of what the last step could not be without, run alone: its matrix products, and torch's other kernels."""
+"""Seconds of parts of the last step, run alone: its matrix products, and torch's other kernels."""
 
 
 @dataclass(frozen=True)
@@ -75,13 +76,13 @@ def main() -> None:
         else:
             step, floor, optimizer = training(name, model, tokenizer, options.precision, rows, device, stack)
             more = _gradients_and_moments(optimizer)
+        give_back()
         serve(pace, step, floor, more_gb=more)
 
 
 def _gradients_and_moments(optimizer: Optimizer) -> float:
     """What they take, in GiB: a step cannot be without them."""
-    moments = 2 * sum(m.numel() * m.element_size() for m in optimizer.masters.values())
-    return (moments + sum(p.numel() * p.element_size() for p in optimizer.trainable.values())) / 2**30
+    return 3 * sum(m.numel() * m.element_size() for m in optimizer.masters.values()) / 2**30
 
 
 def training(
@@ -138,11 +139,12 @@ def training(
     def floor() -> Mapping[str, Any]:
         [done] = last
         tokens, predictions = (int(done.metrics[COMPUTED + name]) for name in ("tokens", "predictions"))
-        given = inputs(model, tokens, predictions)
+        weights = weights_of(model)
+        given = inputs(weights, tokens, predictions)
         texts = sum(len(g.trajectories) for g in done.groups)
         kernels = training_kernels(model, tokens, predictions, texts, next(iter(optimizer.masters.values())).dtype)
         found = {
-            "products": _seconds(device, lambda: training_products(model, given, tokens, predictions)),
+            "products": _seconds(device, lambda: training_products(weights, given, tokens, predictions)),
             "kernels": _seconds(device, kernels),
         }
         if name == "grpo":
@@ -158,10 +160,11 @@ def _sampling_floor(model: Any, prompts: Sequence[tuple[int, ...]], completions:
     device = next(model.parameters()).device
     start = common_start(min(prompts), max(prompts))
     rest = [len(p) - start for p in prompts]
-    given = inputs(model, max(start + sum(rest), len(completions)))
+    weights = weights_of(model)
+    given = inputs(weights, max(start + sum(rest), len(completions)))
     kernels = sampling_kernels(model, rest, completions)
     return {
-        "products": _seconds(device, lambda: sampling_products(model, given, start + sum(rest), completions)),
+        "products": _seconds(device, lambda: sampling_products(weights, given, len(prompts), start + sum(rest), completions)),
         "kernels": _seconds(device, kernels),
     }
 

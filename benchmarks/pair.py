@@ -30,7 +30,11 @@ have much to set up, and a step of some does half as much again."""
 
 
 class WorkerFailed(RuntimeError):
-    """A worker ended where an answer was due; the message has the end of its log."""
+    """A worker ended where an answer was due; the message has the end of its log. side: whose it was."""
+
+    def __init__(self, message: str, side: Side) -> None:
+        super().__init__(message)
+        self.side = side
 
 
 class TooSlow(RuntimeError):
@@ -98,7 +102,7 @@ class Worker:
         return self._read()
 
     def floor(self) -> dict[str, Any]:
-        """Ask for the least that the last step could take, and wait for it."""
+        """Ask for parts of the last step alone, and wait for them."""
         self._say("floor")
         return self._read()
 
@@ -130,7 +134,7 @@ class Worker:
     def _failed(self) -> WorkerFailed:
         end = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-5:]
         self._process.kill()
-        return WorkerFailed(f"{self.side.name} ended without an answer; {self.log}:\n  " + "\n  ".join(end))
+        return WorkerFailed(f"{self.side.name} ended without an answer; {self.log}:\n  " + "\n  ".join(end), self.side)
 
 
 @contextmanager
@@ -162,6 +166,7 @@ def in_turn_with_floor(ours: Side, peer: Side, logs: Path, steps: int) -> tuple[
     steps, measured after both; and the least memory that our worker needs, in GiB."""
     with running(ours, logs) as one, running(peer, logs) as other:
         both(one, other, 0)
+        one.floor()
         lines = [(*both(one, other, i), one.floor()) for i in range(steps)]
         needed = float(one.facts["needed_gb"])
     mine, theirs, floors = (Steps(tuple(column)) for column in zip(*lines, strict=True))
@@ -176,9 +181,9 @@ def both(one: Worker, other: Worker, turn: int) -> tuple[dict[str, Any], dict[st
     return one.step(), other.step()
 
 
-def fastest(sides: Sequence[Side], logs: Path) -> tuple[Side, dict[str, float | None]]:
-    """The side that does most per second in a step after one for warming up, each tried alone, and what each did: 0 where it fails,
-    None where it was given up (see PATIENCE)."""
+def by_speed(sides: Sequence[Side], logs: Path) -> tuple[list[Side], dict[str, float | None]]:
+    """The sides that work, by what they do per second in a step after one for warming up, each tried alone; and what each did: 0
+    where it fails, None where it was given up (see PATIENCE)."""
     speeds: dict[str, float | None] = {}
     least: list[float] = []  # seconds of the warm-up and of the step, of the quickest so far
     for side in sides:
@@ -195,5 +200,6 @@ def fastest(sides: Sequence[Side], logs: Path) -> tuple[Side, dict[str, float | 
             least = [min(pair) for pair in zip(least or seconds, seconds, strict=True)]
             speeds[side.label] = lines[1]["amount"] / seconds[1]
     if not any(speeds.values()):
-        raise WorkerFailed(f"none of the peer's settings works for {sides[0].name}")
-    return max(sides, key=lambda s: speeds[s.label] or 0.0), speeds
+        raise WorkerFailed(f"none of the peer's settings works for {sides[0].name}", sides[0])
+    working = [side for side in sides if speeds[side.label]]
+    return sorted(working, key=lambda s: -(speeds[s.label] or 0.0)), speeds

@@ -6,7 +6,7 @@ physics: another kernel may be faster, and another layout may have less to multi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from crosstrain.served import written_out
 
 Inputs = Mapping[int, Tensor]
+Weights = Sequence[tuple[Tensor, bool]]
+"""Every weight, the head's last, and whether it is multiplied for predictions alone."""
 
 UPRIGHT = 128
 """Rows up to which a product is faster with the weight on the left."""
@@ -23,21 +25,36 @@ CHUNK = 512
 """Rows of the head's product that exist at once, in memory that is used again."""
 
 
-def inputs(model: Any, rows: int, predictions: int = 0) -> Inputs:
+def weights_of(model: Any) -> Weights:
+    """What a model multiplies with; weights that share an input are one where ours are. To be asked for before time is taken."""
+    head = model.get_output_embeddings()
+    llama = written_out(model)
+    if llama is None:
+        modules = [m for m in model.modules() if type(m) is nn.Linear and m is not head]
+        return [*((m.weight, False) for m in modules), (head.weight, True)]
+    found: list[tuple[Tensor, bool]] = []
+    for i, layer in enumerate(llama.layers, start=1):
+        last = i == len(llama.layers)
+        m = layer.module
+        after = (m.self_attn.o_proj.weight, layer.gate_up, m.mlp.down_proj.weight)
+        found += [(layer.qkv, False), *((w, last) for w in after)]
+    return [*found, (head.weight, True)]
+
+
+def inputs(weights: Weights, rows: int, predictions: int = 0) -> Inputs:
     """Something to multiply with: [rows, n] for every width n of a layer, and for the vocabulary's as many rows as predictions."""
-    weights = [w for w, _ in _weights(model, rows, predictions)]
-    *layers, head = weights
+    *layers, head = (w for w, _ in weights)
     made = {n: torch.randn(max(rows, predictions), n).to(head) for n in {n for w in layers for n in w.shape}}
     return {**made, len(head): torch.randn(predictions, len(head)).to(head)}
 
 
 @torch.no_grad()
-def training_products(model: Any, given: Inputs, tokens: int, predictions: int) -> None:
+def training_products(weights: Weights, given: Inputs, tokens: int, predictions: int) -> None:
     """The products of every layer for `tokens`, and of the head for `predictions`: forward, and the gradients of inputs and of
     weights. What comes after the last attention is computed for predictions alone."""
-    *layers, (head, _) = _weights(model, tokens, predictions)
-    for w, rows in layers:
-        out, into = w.shape
+    *layers, (head, _) = weights
+    for w, few in layers:
+        rows, (out, into) = predictions if few else tokens, w.shape
         given[into][:rows] @ w.T
         given[out][:rows] @ w
         given[out][:rows].T @ given[into][:rows]
@@ -47,21 +64,16 @@ def training_products(model: Any, given: Inputs, tokens: int, predictions: int) 
 
 
 @torch.no_grad()
-def forward_products(model: Any, given: Inputs, tokens: int, predictions: int) -> None:
+def forward_products(weights: Weights, given: Inputs, tokens: int, predictions: int) -> None:
     """The products of every layer for `tokens`, and of the head for `predictions`: forward alone, the faster way round."""
-    *layers, (head, _) = _weights(model, tokens, predictions)
-    for w, rows in layers:
-        _forward(w, given[w.shape[1]][:rows])
-    _forward(head, given[head.shape[1]][:predictions])
-
-
-def _forward(w: Tensor, x: Tensor) -> None:
-    if len(x) == 1:
-        torch.mv(w, x[0])
-    elif len(x) <= UPRIGHT:
-        w @ x.T
-    else:
-        _head_product(w, x)
+    for w, few in weights:
+        x = given[w.shape[1]][: predictions if few else tokens]
+        if len(x) == 1:
+            torch.mv(w, x[0])
+        elif len(x) <= UPRIGHT:
+            w @ x.T
+        else:
+            x @ w.T
 
 
 def _head_product(w: Tensor, x: Tensor) -> None:
@@ -70,28 +82,11 @@ def _head_product(w: Tensor, x: Tensor) -> None:
         torch.mm(part, w.T, out=memory[: len(part)])
 
 
-def _weights(model: Any, tokens: int, predictions: int) -> Iterator[tuple[Tensor, int]]:
-    """Every weight, the head's last, and how many rows it is multiplied with; those that share an input are one where ours are."""
-    head = model.get_output_embeddings()
-    llama = written_out(model)
-    if llama is None:
-        for module in model.modules():
-            if type(module) is nn.Linear and module is not head:
-                yield module.weight, tokens
-    else:
-        for i, layer in enumerate(llama.layers, start=1):
-            after = predictions if i == len(llama.layers) else tokens
-            yield layer.qkv, tokens
-            yield layer.module.self_attn.o_proj.weight, after
-            yield layer.gate_up, after
-            yield layer.module.mlp.down_proj.weight, after
-    yield head.weight, predictions
-
-
-def sampling_products(model: Any, given: Inputs, prompts: int, completions: Sequence[int]) -> None:
-    """Forward products of sampling: the prompts' tokens, and then, at every position, those of the completions that are still being
-    written. prompts: tokens of all of them, what they start with alike counted once. completions: their lengths."""
-    forward_products(model, given, prompts, len(completions))
+def sampling_products(weights: Weights, given: Inputs, prompts: int, tokens: int, completions: Sequence[int]) -> None:
+    """Forward products of sampling: those of `prompts` prompts, and then, at every position, those of the completions that are
+    still being written, also where ours are still the same text. tokens: of all prompts, what they start with alike counted once.
+    completions: their lengths."""
+    forward_products(weights, given, tokens, prompts)
     for position in range(1, max(completions)):
         running = sum(length > position for length in completions)
-        forward_products(model, given, running, running)
+        forward_products(weights, given, running, running)

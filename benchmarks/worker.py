@@ -1,6 +1,6 @@
 """The worker's side of a benchmark: do a step when asked, say what it took. Standard library only, since peers import it too.
 
-The parent writes "go" for a step, "floor" for the least that the last step could take, and "stop" for the end; the worker answers
+The parent writes "go" for a step, "floor" for parts of the last step alone, and "stop" for the end; the worker answers
 each with one JSON line. Two workers that take turns see the same machine, minute by minute.
 """
 

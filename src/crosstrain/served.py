@@ -143,7 +143,7 @@ def _let_go(model: Any) -> None:
     """Give the system what the fused weights were in before: a mapped model file, which stays in memory as a whole while any other
     weight is read from it, or pieces that lie between others."""
     for parameter in model.parameters():
-        if parameter.device.type == "cpu" and not parameter.untyped_storage().resizable():  # it is part of a file
+        if parameter.device.type == "cpu" and not parameter.untyped_storage().resizable():  # it may be part of a file
             parameter.data = parameter.data.clone()
     give_back()
 

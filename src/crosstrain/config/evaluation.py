@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import BaseModel, Field, model_validator
 
-from crosstrain.config.fields import STRICT, Count, Flag, Positive, Seed, TaskConfig, Whole
+from crosstrain.config.fields import STRICT, Count, Flag, Seed, TaskConfig, Temperature, Whole
 
 
 class EvalSetSpec(BaseModel):
@@ -34,7 +34,7 @@ class EvaluationSpec(BaseModel):
         None, description="How many questions of that suite, spread over its topics; all of them when not given."
     )
     divergence: Flag = Field(True, description="Measure KL to the base model, both ways.")
-    temperature: Positive = Field(1.0, description="Temperature of the evaluation's samples.")
+    temperature: Temperature = Field(1.0, description="Temperature of the evaluation's samples.")
     eval_steps: Whole = Field(0, description="Steps between evaluations on `dev`; 0 is only at the end.")
     dev: EvalSetSpec | None = Field(
         None, description="Development questions, looked at during training (`eval_accuracy`, ...)."

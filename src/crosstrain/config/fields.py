@@ -13,6 +13,7 @@ FOR_HASH = "for a hash"
 
 Number = Annotated[float, Field(strict=True)]
 Positive = Annotated[float, Field(gt=0, strict=True)]
+Temperature = Annotated[float, Field(ge=1e-6, strict=True)]  # as `rollout.sampler.LEAST_TEMPERATURE`
 Share = Annotated[float, Field(gt=0, le=1, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Whole = Annotated[int, Field(ge=0, strict=True)]

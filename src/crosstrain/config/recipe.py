@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from crosstrain.config.data import DataSpec, streams
 from crosstrain.config.evaluation import EvaluationSpec
-from crosstrain.config.fields import STRICT, Count, Flag, Number, Positive, Seed, Share, Whole, named
+from crosstrain.config.fields import STRICT, Count, Flag, Number, Positive, Seed, Share, Temperature, Whole, named
 from crosstrain.config.rewards import RewardsSpec
 from crosstrain.config.stages import Stages, gather_stage
 
@@ -45,7 +45,7 @@ class SamplingSpec(BaseModel):
     """How completions are drawn in training."""
 
     model_config = STRICT
-    temperature: Positive = Field(1.0, description="Divides the logits before sampling.")
+    temperature: Temperature = Field(1.0, description="Divides the logits before sampling.")
     top_p: Share = Field(1.0, description="Sample from the smallest set of tokens with this probability; 1 is all.")
     top_k: Whole = Field(0, description="Sample from the k most likely tokens; 0 is all.")
     max_completion_length: Count = Field(64, description="Tokens after which a completion is cut.")

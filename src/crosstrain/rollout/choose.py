@@ -16,13 +16,13 @@ NUCLEUS = 512
 def choose(
     logits: Tensor, place: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int, greedy: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The next token of each row and its log-prob, [R] and [R]. The logits are overwritten.
+    """The next token of each row and its log-prob, [R] and [R]. The logits are overwritten: to get new memory for as many numbers
+    would take longer than to fill it.
 
     logits: [P, V] in at least fp32. place: [R], which of them is each row's: rows may share one, and what is computed of a whole
     vocabulary is computed once for them. uniform: [R] in [0, 1). greedy: [R] bool, rows that take the most likely token. The
     log-prob is under softmax(logits / temperature) over the whole vocabulary, whatever top_p and top_k remove; at temperature 0
-    under softmax(logits). It is NaN where logits are NaN. New memory for as many numbers would take longer to get than
-    to fill.
+    under softmax(logits). It is NaN where logits are NaN.
 
     >>> logits, one = torch.tensor([[0.0, 1.0, 0.0]]), torch.tensor([0, 0])
     >>> choose(logits, one, torch.tensor([0.05, 0.99]), 1.0, 1.0, 0, torch.tensor([False, False]))[0]

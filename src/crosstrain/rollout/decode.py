@@ -125,7 +125,7 @@ def cached(policy: Policy, asks: Sequence[Ask], rows: Rows, token_budget: int) -
     batch: _Batch | None = None
     while waiting or batch is not None:
         running = 0 if batch is None else len(torch.unique_consecutive(batch.line))
-        worn = batch is None or _is_worn(batch, running)
+        worn = waiting and (batch is None or _is_worn(batch, running))
         if admitted := _admit(waiting, batch, rows.limit, token_budget) if worn else []:
             batch = _refill(policy, batch, admitted, rows)
         elif batch is not None and running < COMPACT_BELOW * batch.cache.lines:

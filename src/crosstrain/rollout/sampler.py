@@ -32,7 +32,7 @@ class Sampling:
     def __post_init__(self) -> None:
         number, whole = (int, float), (int,)
         for name, kinds, low, high, allowed in (
-            ("temperature", number, 0, _HUGE, "0 (greedy), or a finite number of at least 1e-06"),
+            ("temperature", number, 0, _HUGE, f"0 (greedy), or a finite number of at least {LEAST_TEMPERATURE}"),
             ("top_p", number, _TINY, 1, "a number above 0 and at most 1 (all tokens)"),
             ("top_k", whole, 0, _HUGE, "a whole number, 0 (all tokens) or more"),
             ("max_completion_length", whole, 1, _HUGE, "a whole number, at least 1"),
@@ -44,7 +44,7 @@ class Sampling:
 
 
 LEAST_TEMPERATURE = 1e-6
-"""Logits divided by much less overflow in fp32."""
+"""Much less is 0 in fp32."""
 
 _TINY, _HUGE = sys.float_info.min, sys.float_info.max
 
