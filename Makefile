@@ -20,7 +20,7 @@ help:
 	@echo "make test      fast tests"
 	@echo "make test-all  every test, also the slow ones and those that need the real model"
 	@echo "make check     lint, formatting, types, doctests, import rules"
-	@echo "make bench     speed and memory against TRL and transformers, side by side (an hour or two on 2 cores)"
+	@echo "make bench     speed and memory against TRL and transformers, side by side (two hours on 2 cores with bf16, three without)"
 	@echo "make clean     remove the environments and caches (runs/ stays)"
 
 # Stamps: an install runs again only when the environment is new or its two inputs changed.
