@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field
 
+from crosstrain.rollout.sampler import LEAST_TEMPERATURE
+
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 FOR_HASH = "for a hash"
@@ -13,7 +15,7 @@ FOR_HASH = "for a hash"
 
 Number = Annotated[float, Field(strict=True)]
 Positive = Annotated[float, Field(gt=0, strict=True)]
-Temperature = Annotated[float, Field(ge=1e-6, strict=True)]  # as `rollout.sampler.LEAST_TEMPERATURE`
+Temperature = Annotated[float, Field(ge=LEAST_TEMPERATURE, strict=True)]
 Share = Annotated[float, Field(gt=0, le=1, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Whole = Annotated[int, Field(ge=0, strict=True)]
