@@ -30,7 +30,9 @@ def tensors(rows: int, heads: int, keys: int, length: int, columns: int, seed: i
     past=st.integers(0, 4),
     masked=st.booleans(),
     block=st.integers(1, 7),
-    memory=st.sampled_from([1, attention.BLOCK_BYTES]),
+    memory=st.sampled_from(
+        [1, 50, attention.BLOCK_SCORES]
+    ),  # the last keeps weights for backward, the others compute them again
     seed=st.integers(0, 99),
 )
 def test_values_and_gradients_are_those_of_the_fused_kernel(
@@ -48,7 +50,7 @@ def test_values_and_gradients_are_those_of_the_fused_kernel(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "QUERIES", block)
         patch.setattr(attention, "PAIRS", 0)
-        patch.setattr(attention, "BLOCK_BYTES", memory)
+        patch.setattr(attention, "BLOCK_SCORES", memory)
         found, _ = short_attention(module, q, k, v, mask)
         gradients = torch.autograd.grad(found, (q, k, v), g)
         with torch.no_grad():
@@ -102,6 +104,12 @@ def test_long_rows_and_unknown_requests_go_to_the_fused_kernel(monkeypatch: pyte
     module = SimpleNamespace(is_causal=True, num_key_value_groups=1)
     short, long, one = (tensors(1, 1, 1, n, m, 0) for n, m in ((4, 4), (5, 5), (1, 9)))
     assert short_attention(module, *long, None)[0] == "fused"
+    mask = torch.ones(1, 1, 5, 5, dtype=torch.bool).tril()
+    assert isinstance(short_attention(module, *long, mask)[0], torch.Tensor)  # the kernel computes what a mask hides
+    assert (
+        short_attention(module, *(t.bfloat16() for t in tensors(1, 1, 1, 641, 641, 0)), mask.new_ones(1, 1, 641, 641))[0]
+        == "fused"
+    )
     assert short_attention(module, *short, None, dropout=0.1)[0] == "fused"
     assert asked[-1]["dropout"] == 0.1
     with pytest.raises(ValueError, match="softcap"):

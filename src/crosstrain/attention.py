@@ -4,8 +4,8 @@ torch's kernel for processors is made for long rows. For rows of 60 tokens its b
 attention written as matrix products, and for decoding, one query per row, it takes ten times longer, because keys that several
 query heads share are copied for each of them first. Here the query heads that share a key are rows of one matrix product.
 Queries are taken a block at a time with the columns that any of them sees: nothing is computed between the many short texts of a
-packed line, or of what comes after a query. Scores exist for a few lines at once, small enough for the processor's cache; backward
-computes them again.
+packed line, or of what comes after a query. Scores exist for a few lines at once, small enough for the processor's cache; where
+there are more, backward computes them again.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from crosstrain.head import at_least_fp32, bf16_products
 NAME = "crosstrain_short"
 """What transformers knows this attention by (`config._attn_implementation`)."""
 
-LONGEST = {torch.bfloat16: 640}
-"""Columns up to which plain products are faster than torch's kernel, forward and backward, whose bf16 backward is slow; measured on
-processors with AVX-512 and AMX. One query is always short."""
+LONGEST = {torch.bfloat16: 640, torch.float16: 112}
+"""Columns up to which plain products are faster than torch's kernel, forward and backward, whose bf16 backward is slow; measured in
+bf16 on processors with AVX-512 and AMX. One query is always short."""
 
-LONGEST_WIDE = 112
-"""The same for fp32, measured on processors with AVX2 and AVX-512."""
+LONGEST_WIDE = 768
+"""The same for fp32 where nothing but what comes after a query is hidden, measured on a processor with AVX2. With a mask torch's
+kernel computes what comes after a query too, and is the slower one at any length."""
 
-BLOCK_BYTES = 2**23
-"""Scores that exist at once."""
+BLOCK_SCORES = 2**21
+"""Scores that exist at once, and up to which all of them are kept for backward instead of being computed again."""
 
 QUERIES = 64
 """Fewest queries of a line that are computed together: fewer see fewer columns, more make larger products."""
@@ -74,7 +75,8 @@ def short_attention(
     """
     length, columns = query.shape[2], key.shape[2]
     plain = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
-    if dropout or not plain or not is_short(query.dtype, length, columns) or _asks_for_more(kwargs):
+    faster = is_faster(query.dtype, length, columns, masked=attention_mask is not None)
+    if dropout or not plain or not faster or _asks_for_more(kwargs):
         more = {**kwargs, "dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)  # type: ignore[no-any-return]
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -89,9 +91,10 @@ def short_attention(
     return attend(query, key, value, seen, scale), None
 
 
-def is_short(dtype: torch.dtype, length: int, columns: int) -> bool:
-    """Whether what is here is the faster way on a processor for `length` queries that see `columns`."""
-    return length == 1 or columns <= LONGEST.get(dtype, LONGEST_WIDE)
+def is_faster(dtype: torch.dtype, length: int, columns: int, *, masked: bool) -> bool:
+    """Whether what is here is the faster way on a processor for `length` queries that see at most `columns` each; masked: and more
+    is hidden than what comes after a query."""
+    return length == 1 or columns <= LONGEST.get(dtype, LONGEST_WIDE) or (masked and dtype not in LONGEST)
 
 
 def added(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -156,44 +159,50 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, s
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, seen: Sequence[Block], scaling: float) -> Tensor:
-        ctx.save_for_backward(query, key, value, *(t for block in seen for t in (block.columns, block.bias)))
-        ctx.queries, ctx.scaling = [block.queries for block in seen], scaling
-        return _forward(query, key, value, seen, scaling)
+        kept: list[Tensor] | None = [] if _scores(query, seen) <= BLOCK_SCORES else None
+        mixed = _forward(query, key, value, seen, scaling, kept)
+        ctx.save_for_backward(query, key, value, *(t for block in seen for t in (block.columns, block.bias)), *(kept or ()))
+        ctx.queries, ctx.scaling, ctx.kept = [block.queries for block in seen], scaling, kept is not None
+        return mixed
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *masks = ctx.saved_tensors
-        seen = [Block(q, *masks[2 * i : 2 * i + 2]) for i, q in enumerate(ctx.queries)]
-        memory = _scores_memory(query, seen)
-        of_query = query.new_empty(query.shape)
+        query, key, value, *others = ctx.saved_tensors
+        seen = [Block(q, *others[2 * i : 2 * i + 2]) for i, q in enumerate(ctx.queries)]
+        kept = iter(others[2 * len(seen) :]) if ctx.kept else None
+        memory = _scores_memory(query, seen) if kept is None else None
+        of_query, wide = query.new_empty(query.shape), at_least_fp32(query.dtype)
         # sums over blocks of queries are in at least fp32
         of_key, of_value = (
-            torch.zeros(len(t) * t.shape[1], t.shape[2] * t.shape[3], dtype=memory.dtype, device=t.device) for t in (key, value)
+            torch.zeros(len(t) * t.shape[1], t.shape[2] * t.shape[3], dtype=wide, device=t.device) for t in (key, value)
         )
         for part in _parts(query, key, value, seen):
             q, k, v = part.query, part.key, part.value
-            weights = _weights(part, ctx.scaling, memory)
+            weights = _weights(part, ctx.scaling, memory) if kept is None else next(kept)
             g = _by_key(grad[part.lines, part.queries], part.keys)
-            of_value.index_add_(
-                0, part.rows, _by_row(torch.bmm(weights.to(v.dtype).transpose(1, 2), g), part.keys).to(memory.dtype)
-            )
+            of_value.index_add_(0, part.rows, _by_row(torch.bmm(weights.to(v.dtype).transpose(1, 2), g), part.keys).to(wide))
             # of sharp weights the softmax's backward is a small difference, which rounded weights would lose
-            of_weights = torch.bmm(g, v.transpose(1, 2)).to(memory.dtype)
-            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, memory.dtype).to(k.dtype)
+            of_weights = torch.bmm(g, v.transpose(1, 2)).to(wide)
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, wide).to(k.dtype)
             of_query[part.lines, part.queries] = _by_query(torch.bmm(of_scores, k).mul_(ctx.scaling), part)
             of_key.index_add_(
-                0, part.rows, _by_row(torch.bmm(of_scores.transpose(1, 2), q).mul_(ctx.scaling), part.keys).to(memory.dtype)
+                0, part.rows, _by_row(torch.bmm(of_scores.transpose(1, 2), q).mul_(ctx.scaling), part.keys).to(wide)
             )
         return of_query, of_key.view(key.shape).to(key.dtype), of_value.view(value.shape).to(value.dtype), None, None
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, seen: Sequence[Block], scaling: float) -> Tensor:
-    """query: [N, L, H, D]. key, value: [N, S, K, D]. Returns [N, L, H, D]."""
-    memory = _scores_memory(query, seen)
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, seen: Sequence[Block], scaling: float, kept: list[Tensor] | None = None
+) -> Tensor:
+    """query: [N, L, H, D]. key, value: [N, S, K, D]. kept: where to leave the weights of every part. Returns [N, L, H, D]."""
+    memory = _scores_memory(query, seen) if kept is None else None
     mixed = query.new_empty(*query.shape[:3], value.shape[3])
     for part in _parts(query, key, value, seen):
-        weights = _weights(part, scaling, memory).to(value.dtype)
+        weights = _weights(part, scaling, memory)
+        if kept is not None:
+            kept.append(weights)
+        weights = weights.to(value.dtype)
         mixed[part.lines, part.queries] = _by_query(torch.bmm(weights, part.value), part)
     return mixed
 
@@ -221,7 +230,7 @@ def _parts(query: Tensor, key: Tensor, value: Tensor, seen: Sequence[Block]) -> 
     first = torch.arange(0, several * columns, columns, device=key.device)[:, None]
     for block in seen:
         rows = first + block.columns
-        step = max(1, BLOCK_BYTES // (4 * query.shape[2] * block.bias.shape[2] * rows.shape[1]))
+        step = max(1, BLOCK_SCORES // (query.shape[2] * block.bias.shape[2] * rows.shape[1]))
         for start in range(0, several, step):
             lines = slice(start, min(start + step, several))
             here = rows[lines].flatten()
@@ -254,22 +263,30 @@ def _by_row(columns: Tensor, keys: int) -> Tensor:
     return columns.unflatten(0, (-1, keys)).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
+def _scores(query: Tensor, seen: Sequence[Block]) -> int:
+    """How many scores there are."""
+    pairs = sum(block.bias.shape[2] * block.columns.shape[1] for block in seen)
+    return len(query) * query.shape[2] * pairs
+
+
 def _scores_memory(query: Tensor, seen: Sequence[Block]) -> Tensor:
     """Room for the scores of any part: to get it anew for each takes longer than to fill it."""
     line = max(query.shape[2] * block.bias.shape[2] * block.columns.shape[1] for block in seen)
-    return torch.empty(
-        max(line, min(BLOCK_BYTES // 4, len(query) * line)), dtype=at_least_fp32(query.dtype), device=query.device
-    )
+    return torch.empty(max(line, min(BLOCK_SCORES, len(query) * line)), dtype=at_least_fp32(query.dtype), device=query.device)
 
 
-def _weights(part: _Part, scaling: float, memory: Tensor) -> Tensor:
-    """softmax(query key' scaling + bias), [n K, G l, W] in `memory`."""
+def _weights(part: _Part, scaling: float, memory: Tensor | None) -> Tensor:
+    """softmax(query key' scaling + bias), [n K, G l, W], in at least fp32; in `memory` where it is given."""
     several, queries, _ = part.query.shape
     length, columns = part.bias.shape[2:]
-    scores = memory[: several * queries * columns].view(several, queries, columns)
+    wide = at_least_fp32(part.query.dtype)
+    if memory is None:
+        scores = torch.empty(several, queries, columns, dtype=wide, device=part.query.device)
+    else:
+        scores = memory[: several * queries * columns].view(several, queries, columns)
     from_bf16 = part.query.dtype == part.key.dtype == torch.bfloat16 and part.query.device.type == "cpu"
     with bf16_products() if from_bf16 else nullcontext():
-        torch.bmm(part.query.to(memory.dtype), part.key.to(memory.dtype).transpose(1, 2), out=scores)
+        torch.bmm(part.query.to(wide), part.key.to(wide).transpose(1, 2), out=scores)
     apart = scores.view(-1, part.keys * queries // length, length, columns)
     torch.add(part.bias, apart, alpha=scaling, out=apart)
     return torch.softmax(scores, dim=-1, out=scores)

@@ -171,7 +171,7 @@ class _Seen:
     @staticmethod
     def of(mask: Tensor | None, x: Tensor, length: int, columns: int) -> _Seen:
         """For `length` new columns of the dtype and device of `x`, the last of which is column `columns`."""
-        if x.device.type != "cpu" or (mask is None and not attention.is_short(x.dtype, length, columns)):
+        if x.device.type != "cpu" or (mask is None and not attention.is_faster(x.dtype, length, columns, masked=False)):
             return _Seen(mask)
         if length == 1:
             return _Seen(mask, bias=attention.added(mask, x.dtype))
@@ -181,7 +181,7 @@ class _Seen:
             )
         blocks = attention.blocks(mask, len(x), x.dtype)
         widest = max(block.columns.shape[1] for block in blocks)  # torch's kernel computes what a mask hides
-        ours = attention.is_short(x.dtype, length, widest) or 2 * widest <= columns
+        ours = attention.is_faster(x.dtype, length, widest, masked=True) or 2 * widest <= columns
         return _Seen(mask, blocks=blocks if ours else None)
 
     def by_the_last(self, x: Tensor) -> _Seen:
