@@ -260,7 +260,7 @@ TEACHER, REFERENCE, AVERAGE = 101, 102, 103
 """Seeds of the made-up models that a method may compare with."""
 
 
-def made_up_engine(model: Any, layout: str = "plain", micro_batch_tokens: int = 4096, *, others: bool = False) -> Engine:
+def made_up_engine(model: Any, layout: str = "plain", micro_batch_tokens: int = 2048, *, others: bool = False) -> Engine:
     """What a method's gradient is taken with; with `others` also a made-up teacher, reference and average."""
     seeds = (TEACHER, REFERENCE, AVERAGE)
     teacher, reference, average = (made_up_other(model, seed) if others else None for seed in seeds)

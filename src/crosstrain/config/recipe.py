@@ -133,7 +133,7 @@ class Recipe(BaseModel):
     )
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="Where to compute.")
     gradient_checkpointing: Flag = Field(False, description="Recompute activations in backward to save memory.")
-    micro_batch_tokens: Count = Field(4096, description="Tokens per forward pass; changes memory and speed, not results.")
+    micro_batch_tokens: Count = Field(2048, description="Tokens per forward pass; changes memory and speed, not results.")
     max_prompt_length: Count = Field(512, description="Longer prompts are errors.")
     max_length: Count = Field(1024, description="Longer prompt + answer rows are cut, with a counted warning.")
     logging_steps: Count = Field(1, description="Steps between lines of metrics.jsonl.")

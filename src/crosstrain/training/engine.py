@@ -52,7 +52,7 @@ class Engine:
     rewards: ScoreGroups | None = None
     decode: Decode | None = None
     truncation: Truncation = field(default_factory=Truncation)
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 2048
     seed: int = 0
     reference: Callable[[], AbstractContextManager[Any]] | None = None
     known_reference: Known | None = None

@@ -41,7 +41,7 @@ def kept_reference(method: Method, *, first: bool) -> Literal["base", "stage_sta
 
 
 def known_reference(
-    model: Any, examples: Iterable[Example], *, layout: Layout = "shared", tokens_per_micro_batch: int = 4096
+    model: Any, examples: Iterable[Example], *, layout: Layout = "shared", tokens_per_micro_batch: int = 2048
 ) -> Known:
     """The log-probs of every trajectory that the examples bring, under `model`, in nats.
 

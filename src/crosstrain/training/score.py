@@ -146,7 +146,7 @@ def trajectory_logps(
     model: Any,
     trajectories: Sequence[Trajectory],
     *,
-    tokens_per_micro_batch: int = 4096,
+    tokens_per_micro_batch: int = 2048,
     temperature: float = 1.0,
     layout: Layout = "shared",
 ) -> list[Tensor]:
@@ -171,7 +171,7 @@ def trajectory_logps(
     return result
 
 
-def predicting_states(model: Any, trajectories: Sequence[Trajectory], *, tokens_per_micro_batch: int = 4096) -> list[Tensor]:
+def predicting_states(model: Any, trajectories: Sequence[Trajectory], *, tokens_per_micro_batch: int = 2048) -> list[Tensor]:
     """The last hidden states that the head predicts each trajectory's trained tokens from, without gradient: one [n_i, D] in at
     least fp32 each, in the order of its tokens."""
     batch = to_batch([Group(Example(str(i), "", ()), (t,)) for i, t in enumerate(trajectories)])
