@@ -89,11 +89,11 @@ class _NormLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, norm, fused = ctx.saved_tensors
         n = len(ctx.sizes)
+        of_x, of_norm, normed = _norm_backward(grad @ fused, x, norm, ctx.eps)
         of_weights: Sequence[Tensor | None] = [None] * n
         if any(ctx.needs_input_grad[5 : 5 + n]):
-            of_weights = (grad.T @ rms_norm(x, norm, ctx.eps)).split(ctx.sizes)
+            of_weights = (grad.T @ normed).split(ctx.sizes)
         of_biases = grad.sum(dim=0).split(ctx.sizes) if ctx.biased else ()
-        of_x, of_norm = _norm_backward(grad @ fused, x, norm, ctx.eps)
         return (of_x, of_norm, None, None, None, *of_weights, *of_biases)
 
 
@@ -134,10 +134,10 @@ class _GatedMlp(torch.autograd.Function):
         x, norm, down, fused, gate_up = ctx.saved_tensors
         of_gate_up, hidden = _gated_backward(grad @ down, gate_up, ctx.kind)
         of_down = grad.T @ hidden if ctx.needs_input_grad[5] else None
+        of_x, of_norm, normed = _norm_backward(of_gate_up @ fused, x, norm, ctx.eps)
         of_gate, of_up = None, None
         if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
-            of_gate, of_up = (of_gate_up.T @ rms_norm(x, norm, ctx.eps)).chunk(2)
-        of_x, of_norm = _norm_backward(of_gate_up @ fused, x, norm, ctx.eps)
+            of_gate, of_up = (of_gate_up.T @ normed).chunk(2)
         return of_x.add_(grad), of_norm, None, of_gate, of_up, of_down, None, None
 
 
@@ -171,21 +171,23 @@ def _gated_backward(grad: Tensor, gate_up: Tensor, kind: Gate) -> tuple[Tensor, 
     return result, grad
 
 
-def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of x [T, D], which overwrites `grad`, and of the weight [D], in at least fp32 until the end.
+def _norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x [T, D], which overwrites `grad`, and of the weight [D], in at least fp32 until the end; and rms_norm(x).
 
     With r = 1 / sqrt(mean(x^2) + eps), n = x r and s = grad weight: of x, r (s - n mean(s n)); of the weight, the sum of grad n.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     of_weight = torch.zeros(x.shape[1], dtype=wide, device=x.device)
     scale = weight.to(wide)
+    normed = torch.empty_like(x)
     for rows in _rows(x):
         n = x[rows].to(wide, copy=True)
         r = n.square().mean(dim=1, keepdim=True).add_(eps).rsqrt_()
         n.mul_(r)
+        normed[rows] = n * scale
         s = grad[rows].to(wide, copy=True)
         of_weight += (s * n).sum(dim=0)
         s.mul_(scale)
         s.addcmul_(n, (s * n).mean(dim=1, keepdim=True), value=-1).mul_(r)
         grad[rows] = s
-    return grad, of_weight.to(weight.dtype)
+    return grad, of_weight.to(weight.dtype), normed
