@@ -24,9 +24,13 @@ ENVIRONMENT = {
 """The same for both sides; threads and allocator are left as the system has them."""
 
 
-PATIENCE = (4.0, 2.0)
-"""A setting is no longer tried when its warm-up or its step takes so many times as long as the quickest one's so far: some settings
-have much to set up, and a step of some does half as much again."""
+LONG = 60.0
+"""Seconds of the first setting's warm-up from which settings are compared by it, without a step after it: what is set up in a first
+step takes seconds."""
+
+PATIENCE, SETUP = 1.6, 30.0
+"""A setting is no longer tried when its warm-up takes so many times as long as the quickest one's so far and so many seconds more,
+or its step so many times as long: a step of some does half as much again."""
 
 
 class WorkerFailed(RuntimeError):
@@ -182,23 +186,28 @@ def both(one: Worker, other: Worker, turn: int) -> tuple[dict[str, Any], dict[st
 
 
 def by_speed(sides: Sequence[Side], logs: Path) -> tuple[list[Side], dict[str, float | None]]:
-    """The sides that work, by what they do per second in a step after one for warming up, each tried alone; and what each did: 0
-    where it fails, None where it was given up (see PATIENCE)."""
+    """The sides that work, by what they do per second in a step after one for warming up (see LONG), each tried alone; and what
+    each did: 0 where it fails, None where it was given up (see PATIENCE)."""
     speeds: dict[str, float | None] = {}
-    least: list[float] = []  # seconds of the warm-up and of the step, of the quickest so far
+    warmup: float | None = None  # seconds of the quickest so far
+    step: float | None = None
+    by_warmup = False
     for side in sides:
         try:
             with running(side, logs) as worker:
-                lines = [worker.step(PATIENCE[i] * least[i] if least else None) for i in (0, 1)]
+                line = worker.step(None if warmup is None else PATIENCE * warmup + SETUP)
+                by_warmup = by_warmup or (warmup is None and line["seconds"] > LONG)
+                warmup = min(warmup or line["seconds"], line["seconds"])
+                if not by_warmup:
+                    line = worker.step(None if step is None else PATIENCE * step)
+                    step = min(step or line["seconds"], line["seconds"])
         except WorkerFailed as error:
             print(f"    {side.label}: {str(error).splitlines()[-1].strip()}", flush=True)
             speeds[side.label] = 0.0
         except TooSlow:
             speeds[side.label] = None
         else:
-            seconds = [float(line["seconds"]) for line in lines]
-            least = [min(pair) for pair in zip(least or seconds, seconds, strict=True)]
-            speeds[side.label] = lines[1]["amount"] / seconds[1]
+            speeds[side.label] = line["amount"] / line["seconds"]
     if not any(speeds.values()):
         raise WorkerFailed(f"none of the peer's settings works for {sides[0].name}", sides[0])
     working = [side for side in sides if speeds[side.label]]
