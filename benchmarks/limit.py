@@ -1,6 +1,7 @@
 """How much of an SFT forward and backward is matrix products: `python -m benchmarks.limit PRECISION ROWS MODEL`, a worker.
 
-A step does the real work once and its matrix products alone once, in turn, and says what each took.
+A step does the real work once, in micro-batches of the default size, and its matrix products alone once, all rows together, in
+turn, and says what each took.
 """
 
 from __future__ import annotations

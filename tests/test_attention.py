@@ -92,7 +92,7 @@ def test_a_row_that_sees_nothing_is_finite() -> None:
     assert torch.isfinite(found).all()
 
 
-def test_long_rows_and_unknown_requests_go_to_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_rows_without_a_mask_and_unknown_requests_go_to_the_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
 
     def fused(*args: Any, **kwargs: Any) -> tuple[str, None]:
@@ -110,6 +110,7 @@ def test_long_rows_and_unknown_requests_go_to_the_fused_kernel(monkeypatch: pyte
         short_attention(module, *(t.bfloat16() for t in tensors(1, 1, 1, 641, 641, 0)), mask.new_ones(1, 1, 641, 641))[0]
         == "fused"
     )
+    assert short_attention(module, *(t.to("meta") for t in short), None)[0] == "fused"  # not on a processor
     assert short_attention(module, *short, None, dropout=0.1)[0] == "fused"
     assert asked[-1]["dropout"] == 0.1
     with pytest.raises(ValueError, match="softcap"):

@@ -1,11 +1,11 @@
-"""Attention of short rows on a processor: plain matrix products instead of torch's fused kernel.
+"""Attention on a processor in plain matrix products, where they are faster than torch's fused kernel.
 
-torch's kernel for processors is made for long rows. For rows of 60 tokens its backward takes several times longer than the same
-attention written as matrix products, and for decoding, one query per row, it takes ten times longer, because keys that several
-query heads share are copied for each of them first. Here the query heads that share a key are rows of one matrix product.
-Queries are taken a block at a time with the columns that any of them sees: nothing is computed between the many short texts of a
-packed line, or of what comes after a query. Scores exist for a few lines at once, small enough for the processor's cache; where
-there are more, backward computes them again.
+The kernel is made for long rows of which all that comes before is seen. For rows of 60 tokens its backward takes several times
+longer than the same attention written as matrix products, and for decoding, one query per row, it takes ten times longer,
+because keys that several query heads share are copied for each of them first. Here the query heads that share a key are rows of
+one product. Queries are taken a block at a time with the columns that any of them sees: nothing is computed between the many
+short texts of a packed line, or of what comes after a query. Scores exist for a few lines at once, small enough for the
+processor's cache; where there are more, backward computes them again.
 """
 
 from __future__ import annotations
@@ -70,12 +70,12 @@ def short_attention(
     """softmax(query key' scaling) value with transformers' signature; scores and softmax in fp32 (fp64 stays fp64).
 
     query: [B, H, L, D]. key, value: [B, K, S, D], each shared by H / K query heads. attention_mask: [B, 1, L, S] bool, or None for
-    causal attention of rows without padding. Returns [B, L, H, D]. Long rows, dropout and everything that is not plain
-    attention go to torch's kernel.
+    causal attention of rows without padding. Returns [B, L, H, D]. Torch's kernel is used where it is faster (see `is_faster`),
+    on a card, with dropout and for everything that is not plain attention.
     """
     length, columns = query.shape[2], key.shape[2]
     plain = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
-    faster = is_faster(query.dtype, length, columns, masked=attention_mask is not None)
+    faster = query.device.type == "cpu" and is_faster(query.dtype, length, columns, masked=attention_mask is not None)
     if dropout or not plain or not faster or _asks_for_more(kwargs):
         more = {**kwargs, "dropout": dropout, "scaling": scaling, "is_causal": is_causal}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **more)  # type: ignore[no-any-return]

@@ -191,7 +191,7 @@ class _Seen:
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, seen: _Seen, scaling: float) -> Tensor:
-    """[N, L, H, D]; on a processor ours where a query sees few columns, torch's fused kernel elsewhere."""
+    """[N, L, H, D]; on a processor ours where it is the faster one, torch's fused kernel elsewhere."""
     if seen.blocks is not None:
         return attention.attend(query, key, value, seen.blocks, scaling)
     if query.shape[2] == 1 and query.device.type == "cpu":

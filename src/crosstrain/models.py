@@ -81,8 +81,8 @@ def load_weights(
     """The model, in evaluation mode.
 
     name: see `resolve_model`. revision: branch, tag or commit of a hub id. trust_remote_code: run Python code that comes with
-    the model. attn_implementation: attention code of transformers; None takes its default, and on a processor our own for short
-    rows where that default is torch's. lora: an object with r, alpha, dropout and target_modules; the model then trains low-rank
+    the model. attn_implementation: attention code of transformers; None takes its default, and where that is torch's on a
+    processor, ours wherever it is faster. lora: an object with r, alpha, dropout and target_modules; the model then trains low-rank
     adapters (peft), which `seed` initialises.
     Raises UserError when the model cannot be found, fetched or read.
     """

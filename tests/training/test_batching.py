@@ -102,5 +102,7 @@ def test_micro_batches_by_hand() -> None:
     whole = [sorted(c.tolist()) for c in cut(four_rows(), 20, "sequence", shared=True)]
     assert whole == [[0, 1, 2, 3]]
     assert [sorted(c.tolist()) for c in cut(four_rows(), 19, "sequence", shared=True)] == [[0, 1], [2, 3]]
-    assert [c.tolist() for c in cut(four_rows(), 8, "token", shared=True)] == [[0], [1], [2, 3]]
+    # a prompt comes on top of what its group's rows add to it, 4 + 2 and 1 + 1
+    assert [c.tolist() for c in cut(four_rows(), 6, "token", shared=True)] == [[0, 1], [2, 3]]
+    assert [c.tolist() for c in cut(four_rows(), 5, "token", shared=True)] == [[0], [1], [2, 3]]
     assert [c.tolist() for c in cut(four_rows(), 8, "token", shared=False)] == [[0], [1], [2, 3]]

@@ -117,18 +117,20 @@ def test_nothing_is_left_behind(tokens: int) -> None:
     assert optimizer.moments() == {}
 
 
-def test_a_micro_batch_is_scaled_by_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tokens", "split"), [(30, False), (4, True)])
+def test_a_micro_batch_is_scaled_by_tokens(monkeypatch: pytest.MonkeyPatch, tokens: int, split: bool) -> None:
     """Every look at the clock is a second later: one for sampling and the batch, one for the largest micro-batch."""
     now = iter(range(100))
     monkeypatch.setattr(first_step, "clock", lambda device: float(next(now)))
     monkeypatch.setattr(first_step, "optimizer_seconds", lambda precision, device: 0.0)
     method = load_method("rloo", num_generations=3)
-    engine = engine_for(method, micro_batch_tokens=30)
+    engine = engine_for(method, micro_batch_tokens=tokens)
     collected = draw(engine, method, BATCH_SIZE, Progress())
     batch, _ = make_batch(engine, method, collected, 0, Progress().cost)
-    sizes = [distinct_tokens(batch.rows(i)) for i in micro_batches(engine, method, batch, 30)]
+    sizes = [distinct_tokens(batch.rows(i)) for i in micro_batches(engine, method, batch, tokens)]
     assert len(sizes) > 2
-    assert measured(engine, method).cost.seconds == pytest.approx(1.0 + distinct_tokens(batch) / max(sizes))
+    assert (sum(sizes) > distinct_tokens(batch)) == split  # a prompt is computed for every part of its group
+    assert measured(engine, method).cost.seconds == pytest.approx(1.0 + sum(sizes) / max(sizes))
 
 
 def test_memory_is_the_highest_part_with_the_moments_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:

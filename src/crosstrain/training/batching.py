@@ -112,7 +112,8 @@ def distinct_tokens(batch: Batch) -> int:
 def cut(batch: Batch, tokens: int, unit: str, *, shared: bool = True) -> list[Tensor]:
     """Row indices of micro-batches: whole groups, longest first, padded size at most `tokens` (but at least one unit each).
 
-    unit: "group" never splits a group; "sequence" and "token" split one that is larger than `tokens` by itself.
+    unit: "group" never splits a group; "sequence" and "token" split one that is larger than `tokens` without the prompt its rows
+    share, which every part computes again.
     shared: a group is one line, of its prompt and all its answers (at most: what answers start with alike counts for each, and is
     computed once), else a line is one sequence.
     """
@@ -139,8 +140,9 @@ def _units(batch: Batch, group: int, tokens: int, unit: str, shared: bool) -> li
     if not shared:
         return [[r] for r in rows]
     units: list[list[int]] = []
+    most = tokens + int(batch.prompt_length[rows[0]])
     for r in rows:
-        if units and _line_length(batch, [*units[-1], r], True) <= tokens:
+        if units and _line_length(batch, [*units[-1], r], True) <= most:
             units[-1].append(r)
         else:
             units.append([r])

@@ -107,7 +107,8 @@ def _measure_update(
         seconds.append(clock(engine.device) - started)
     times_gone_through = method.updates.epochs * (1 + len(method.probes) * method.probe_share)
     tokens = distinct_tokens(batch) * times_gone_through
-    times = tokens / distinct_tokens(largest)
+    again = sum(map(distinct_tokens, pieces)) / distinct_tokens(minibatch)  # parts of a group each compute its prompt
+    times = tokens * again / distinct_tokens(largest)
     cost = Cost().forward_backward(tokens, engine.parameters).took(statistics.median(seconds) * times)
     cost += beside_cost(engine, method, batch) * times_gone_through
     return cost, peak_memory_gb(engine.device)
